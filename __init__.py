@@ -1,0 +1,54 @@
+"""MiniMind-V: a small vision-language model, native to transformers.
+
+Importing this package registers its classes, so that `AutoModelForImageTextToText.from_pretrained` and
+`pipeline("image-to-text", ...)` work on MiniMind-V checkpoints without trust_remote_code.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    pipelines,
+)
+
+from .configuration_minimind_v import MiniMindConfig, MiniMindVConfig
+from .modeling_minimind_v import (
+    MiniMindForCausalLM,
+    MiniMindModel,
+    MiniMindVForConditionalGeneration,
+    MiniMindVModel,
+)
+from .processing_minimind_v import MiniMindVImageToTextPipeline, MiniMindVProcessor
+
+__version__ = "0.1.0"
+
+AutoConfig.register("minimind", MiniMindConfig)
+AutoConfig.register("minimind_v", MiniMindVConfig)
+AutoModel.register(MiniMindConfig, MiniMindModel)
+AutoModel.register(MiniMindVConfig, MiniMindVModel)
+AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM)
+AutoModelForCausalLM.register(MiniMindVConfig, MiniMindVForConditionalGeneration)
+AutoModelForImageTextToText.register(MiniMindVConfig, MiniMindVForConditionalGeneration)
+AutoModelForMultimodalLM.register(MiniMindVConfig, MiniMindVForConditionalGeneration)
+AutoProcessor.register(MiniMindVConfig, MiniMindVProcessor)
+
+pipelines.PIPELINE_REGISTRY.register_pipeline(
+    "image-to-text",
+    pipeline_class=MiniMindVImageToTextPipeline,
+    pt_model=(AutoModelForImageTextToText,),
+    type="multimodal",
+)
+
+__all__ = [
+    "MiniMindConfig",
+    "MiniMindForCausalLM",
+    "MiniMindModel",
+    "MiniMindVConfig",
+    "MiniMindVForConditionalGeneration",
+    "MiniMindVImageToTextPipeline",
+    "MiniMindVModel",
+    "MiniMindVProcessor",
+]
