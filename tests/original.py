@@ -92,36 +92,53 @@ def rotate_half_rows(weight, head_dim):
     return heads.transpose(1, 2).reshape(weight.shape)
 
 
+def rename(key, is_g1):
+    """Name of one original tensor here; experts are still one by one."""
+    for pattern, new in ((G1_NAMES if is_g1 else {}) | NAMES).items():
+        key = re.sub(pattern, new, key)
+    return key
+
+
 def convert_keys(state, config):
     """Original state dict -> state dict of `MiniMindVForConditionalGeneration`."""
-    head_dim, out = config.text_config.head_dim, {}
-    is_g1 = "tok_embeddings.weight" in state
+    is_g1, out = "tok_embeddings.weight" in state, {}
     for key, value in state.items():
         if re.match(r"vision_encoder\.(text_model|.*projection|logit_scale|.*position_ids)", key):
             continue
         if is_g1 and re.search(r"attention\.w[qk]\.", key):
-            value = rotate_half_rows(value, head_dim)
-        for pattern, new in ((G1_NAMES if is_g1 else {}) | NAMES).items():
-            key = re.sub(pattern, new, key)
-        out[key] = value
-    for layer in range(config.text_config.num_hidden_layers):
-        prefix = f"model.language_model.layers.{layer}.mlp."
-        if not (experts := [key for key in out if key.startswith(prefix + "experts.")]):
-            continue
-        routed = {name: [] for name in ("gate", "up", "down")}
-        for name, index in ((n, i) for n in routed for i in range(config.text_config.num_experts)):
-            routed[name].append(out[f"{prefix}experts.{index}.{name}_proj.weight"])
-        for key in experts:
-            del out[key]
-        gate_up = [torch.cat(pair) for pair in zip(routed["gate"], routed["up"], strict=True)]
-        out[prefix + "experts.gate_up_proj"] = torch.stack(gate_up)
-        out[prefix + "experts.down_proj"] = torch.stack(routed["down"])
+            value = rotate_half_rows(value, config.text_config.head_dim)
+        out[rename(key, is_g1)] = value
+    for prefix in sorted({key.partition("experts.")[0] for key in out if ".mlp.experts." in key}):
+        experts = range(config.text_config.num_experts)
+        gate, up, down = (
+            torch.stack([out.pop(f"{prefix}experts.{i}.{name}_proj.weight") for i in experts])
+            for name in ("gate", "up", "down")
+        )
+        out[prefix + "experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        out[prefix + "experts.down_proj"] = down
         shared = sorted(key for key in out if re.match(re.escape(prefix) + r"shared_experts\.\d", key))
-        if shared:
-            for name, dim in (("gate", 0), ("up", 0), ("down", 1)):
-                parts = [out.pop(key) for key in shared if f".{name}_proj." in key]
+        for name, dim in (("gate", 0), ("up", 0), ("down", 1)):
+            if parts := [out.pop(key) for key in shared if f".{name}_proj." in key]:
                 out[f"{prefix}shared_experts.{name}_proj.weight"] = torch.cat(parts, dim=dim)
     return out
+
+
+def find_gradient(model, original_name):
+    """Gradient of the tensor that the original calls so. (The row order of G1's q and k is not undone.)"""
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    name = rename(original_name, original_name.startswith(("tok_embeddings", "layers.", "norm.", "output.")))
+    width = model.config.text_config.moe_intermediate_size
+    part = re.fullmatch(r"(.*\.)(experts|shared_experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
+    if part is None:
+        return gradients[name]
+    prefix, kind, index, matrix = part[1], part[2], int(part[3]), part[4]
+    if kind == "shared_experts":
+        rows = slice(index * width, (index + 1) * width)
+        gradient = gradients[f"{prefix}shared_experts.{matrix}_proj.weight"]
+        return gradient[:, rows] if matrix == "down" else gradient[rows]
+    if matrix == "down":
+        return gradients[f"{prefix}experts.down_proj"][index]
+    return gradients[f"{prefix}experts.gate_up_proj"][index].chunk(2)[matrix == "up"]
 
 
 def load_case(case, weights=None, **changes):
