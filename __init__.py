@@ -42,6 +42,13 @@ pipelines.PIPELINE_REGISTRY.register_pipeline(
     type="multimodal",
 )
 
+# Since 5.19 the library sends the name "image-to-text" to another pipeline before it looks into its registry.
+if hasattr(pipelines, "_resolve_deprecated_task"):
+    _resolve_deprecated_task = pipelines._resolve_deprecated_task
+    pipelines._resolve_deprecated_task = lambda task: (
+        task if task == "image-to-text" else _resolve_deprecated_task(task)
+    )
+
 __all__ = [
     "MiniMindConfig",
     "MiniMindForCausalLM",

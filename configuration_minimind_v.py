@@ -5,6 +5,7 @@ The decoder's fields carry the names of `Qwen3MoeConfig`, which it extends: Mini
 """
 
 import math
+import re
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -40,9 +41,6 @@ class MiniMindConfig(Qwen3MoeConfig):
     model_type = "minimind"
     base_config_key = "text_config"
     default_theta = 1_000_000.0
-    # A decoder of 26M to 200M parameters is not worth splitting over devices; and the plans of Qwen3-MoE name modules
-    # (experts, q/k norms) that a dense or a MiniMind2 decoder does not have.
-    base_model_tp_plan = None
     base_model_ep_plan = None
 
     vocab_size: int = 6400
@@ -73,6 +71,7 @@ class MiniMindConfig(Qwen3MoeConfig):
             self.intermediate_size = 64 * math.ceil(math.pi * self.hidden_size / 64)
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -90,6 +89,19 @@ class MiniMindConfig(Qwen3MoeConfig):
             raise ValueError(
                 f"router_aux_loss_type must be one of {ROUTER_AUX_LOSS_TYPES}; got {self.router_aux_loss_type!r}."
             )
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """Qwen3-MoE's plan without the modules that this decoder does not have."""
+        plan = {}
+        for name, style in Qwen3MoeConfig.base_model_tp_plan.items():
+            if self.use_moe and self.num_shared_experts:
+                name = re.sub(r"mlp\.(gate|up|down)_proj", r"mlp.shared_experts.\1_proj", name)
+            has_module = self.use_qk_norm if "_norm" in name else True
+            if ".mlp." in name:
+                has_module = self.use_moe == ("experts" in name)
+            if has_module:
+                plan[name] = style
+        return plan
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, and the `auto_map` that lets the saved checkpoint load by itself with trust_remote_code."""
@@ -172,7 +184,7 @@ class MiniMindVConfig(PreTrainedConfig):
             )
         if self.image_token_id is None or not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
-                "image_token_id must be the id of the image placeholder in the tokenizer, between 0 and vocab_size - 1 "
+                "image_token_id must be the tokenizer's id of the image placeholder, between 0 and vocab_size - 1 "
                 f"({self.text_config.vocab_size - 1}); got {self.image_token_id}."
             )
         grid = self.vision_config.image_size // self.vision_config.patch_size
@@ -188,10 +200,8 @@ class MiniMindVConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, and what lets the saved checkpoint load by itself: `auto_map` and the image-to-text pipeline."""
-        output = super().to_dict()
-        output["text_config"].pop("auto_map", None)
         return {
-            **output,
+            **super().to_dict(),
             "auto_map": {
                 "AutoConfig": "configuration_minimind_v.MiniMindVConfig",
                 "AutoModel": "modeling_minimind_v.MiniMindVModel",

@@ -25,18 +25,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
-from transformers.models.qwen3_moe.modeling_qwen3_moe import (
-    Qwen3MoeAttention,
-    Qwen3MoeDecoderLayer,
-    Qwen3MoeExperts,
-    Qwen3MoeMLP,
-    Qwen3MoeModel,
-    Qwen3MoePreTrainedModel,
-    Qwen3MoeRMSNorm,
-    Qwen3MoeRotaryEmbedding,
-    Qwen3MoeSparseMoeBlock,
-    Qwen3MoeTopKRouter,
-)
+from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
@@ -44,7 +33,9 @@ from .configuration_minimind_v import MiniMindConfig, MiniMindVConfig
 from .processing_minimind_v import MiniMindVProcessor  # noqa: F401 - a saved model takes along the files it imports
 
 # Pipelines log an error for a model class that is not in these tables.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(minimind="MiniMindForCausalLM", minimind_v="MiniMindVForConditionalGeneration")
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(
+    minimind="MiniMindForCausalLM", minimind_v="MiniMindVForConditionalGeneration"
+)
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.update(minimind_v="MiniMindVForConditionalGeneration")
 
 
@@ -52,57 +43,57 @@ MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.update(minimind_v="MiniMindVForCondit
 
 
 @use_experts_implementation  # must stand in this file: the library looks for it in the source of the model
-class MiniMindExperts(Qwen3MoeExperts):
+class MiniMindExperts(qwen3_moe.Qwen3MoeExperts):
     """Weights of all routed experts as two tensors; the library's eager, batched and grouped kernels run them."""
 
 
-class MiniMindSparseMoeBlock(Qwen3MoeSparseMoeBlock):
+class MiniMindSparseMoeBlock(qwen3_moe.Qwen3MoeSparseMoeBlock):
     """Top-k routed experts, plus the shared experts of MiniMind2, which see every token with weight 1."""
 
     def __init__(self, config: MiniMindConfig) -> None:
         nn.Module.__init__(self)
         self.experts = MiniMindExperts(config)
-        self.gate = Qwen3MoeTopKRouter(config)
+        self.gate = qwen3_moe.Qwen3MoeTopKRouter(config)
         width = config.num_shared_experts * config.moe_intermediate_size
-        self.shared_experts = Qwen3MoeMLP(config, intermediate_size=width) if width else None
+        self.shared_experts = qwen3_moe.Qwen3MoeMLP(config, intermediate_size=width) if width else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         routed = super().forward(hidden_states)
         return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)
 
 
-class MiniMindDecoderLayer(Qwen3MoeDecoderLayer):
+class MiniMindDecoderLayer(qwen3_moe.Qwen3MoeDecoderLayer):
     """Pre-norm block: x + attention(norm(x)), then + feed_forward(norm(x))."""
 
     def __init__(self, config: MiniMindConfig, layer_idx: int) -> None:
-        super(Qwen3MoeDecoderLayer, self).__init__()  # the modules are built here, not by Qwen3-MoE
+        super(qwen3_moe.Qwen3MoeDecoderLayer, self).__init__()  # the modules are built here, not by Qwen3-MoE
         self.hidden_size = config.hidden_size
-        self.self_attn = Qwen3MoeAttention(config, layer_idx)
+        self.self_attn = qwen3_moe.Qwen3MoeAttention(config, layer_idx)
         if not config.use_qk_norm:
             # The library's attention stays as it is: vLLM recognises it by its source.
             self.self_attn.q_norm = self.self_attn.k_norm = nn.Identity()
         sparse = config.use_moe and layer_idx not in config.mlp_only_layers
         sparse = sparse and (layer_idx + 1) % config.decoder_sparse_step == 0
-        self.mlp = MiniMindSparseMoeBlock(config) if sparse else Qwen3MoeMLP(config)
-        self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MiniMindSparseMoeBlock(config) if sparse else qwen3_moe.Qwen3MoeMLP(config)
+        self.input_layernorm = qwen3_moe.Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = qwen3_moe.Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class MiniMindPreTrainedModel(Qwen3MoePreTrainedModel):
+class MiniMindPreTrainedModel(qwen3_moe.Qwen3MoePreTrainedModel):
     config: MiniMindConfig
     _no_split_modules = ["MiniMindDecoderLayer"]
 
 
-class MiniMindModel(MiniMindPreTrainedModel, Qwen3MoeModel):
+class MiniMindModel(MiniMindPreTrainedModel, qwen3_moe.Qwen3MoeModel):
     """The decoder without a head. Its forward is the one of Qwen3-MoE."""
 
     def __init__(self, config: MiniMindConfig) -> None:
-        super(Qwen3MoeModel, self).__init__(config)  # the modules are built here, not by Qwen3-MoE
+        super(qwen3_moe.Qwen3MoeModel, self).__init__(config)  # the modules are built here, not by Qwen3-MoE
         # No padding_idx: the padding token <|endoftext|> is also text, and its embedding is trained like any other.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MiniMindDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen3MoeRotaryEmbedding(config=config)
+        self.norm = qwen3_moe.Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = qwen3_moe.Qwen3MoeRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -339,7 +330,7 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         """Places `[B, T, 1]` that the image features `[N * S, H]` take, without a host synchronisation.
 
         Normally all placeholder tokens. MiniMind2's is the character `@`, which also occurs in text: where the number
-        does not fit, only unbroken runs of whole images count.
+        does not fit, only what fills whole images counts, from the start of each unbroken run.
 
         Raises:
             ValueError: The places are not as many as the features.
@@ -348,7 +339,8 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         positions = torch.arange(is_placeholder.shape[1], device=is_placeholder.device).expand_as(is_placeholder)
         before = torch.where(is_placeholder, -1, positions).cummax(dim=1).values
         after = torch.where(is_placeholder, positions.shape[1], positions).flip(1).cummin(dim=1).values.flip(1)
-        whole_images = is_placeholder & ((after - before - 1) % self.config.image_seq_length == 0)
+        length = self.config.image_seq_length
+        whole_images = is_placeholder & (positions - before <= (after - before - 1) // length * length)
         fits = is_placeholder.sum() == image_features.shape[0]
         mask = torch.where(fits, is_placeholder, whole_images)
         torch_compilable_check(
@@ -473,22 +465,33 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, MiniMindHeadMi
         )
         return MiniMindVCausalLMOutputWithPast(**fields, image_hidden_states=outputs.image_hidden_states)
 
-    # Images are flat over the batch, so where generate() repeats or cuts rows, the images have to follow. The library
-    # does it for repeated rows since 5.19 (changing the caller's features in place), for cut rows not at all.
+    # Images are flat over the batch, so where generate() repeats rows or cuts what the cache holds, the images have to
+    # follow. The library repeats them since 5.19 (changing the caller's features in place) and never cuts them.
 
-    def _images_per_row(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None) -> list[int]:
-        if input_ids is not None and not input_ids.numel():
-            input_ids = None  # generate() makes empty ids where it was given embeddings
-        counts = self.model.find_placeholders(input_ids, inputs_embeds).sum(dim=1)
-        return (counts // self.config.image_seq_length).tolist()
+    def _placeholders_of_prompt(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
+    ) -> torch.BoolTensor:
+        # generate() makes empty ids where it was given embeddings
+        return self.model.find_placeholders(None if inputs_embeds is not None else input_ids, inputs_embeds)
 
-    @staticmethod
-    def _take_images(inputs: dict[str, Any], indices: list[int]) -> None:
+    def _follow_rows(
+        self, inputs: dict[str, Any], placeholders: torch.BoolTensor, cut: int = 0, repeat: int = 1
+    ) -> None:
+        """Picks the images of `inputs` for rows without their first `cut` tokens, each row `repeat` times."""
+        length = self.config.image_seq_length
+        images = (placeholders.sum(dim=1) // length).tolist()
+        images_left = (placeholders[:, cut:].sum(dim=1) // length).tolist()
+        indices, end = [], 0
+        for count, left in zip(images, images_left, strict=True):
+            end += count
+            indices += [*range(end - left, end)] * repeat
         if inputs.get("pixel_values") is not None:
             inputs["pixel_values"] = inputs["pixel_values"][indices] if indices else None
         if (images := (inputs.get("mm_encoder_outputs") or {}).get("image")) is not None:
             features = [images.pooler_output[i] for i in indices]
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)} if indices else {}
+            inputs["mm_encoder_outputs"] = (
+                {"image": BaseModelOutputWithPooling(pooler_output=features)} if indices else {}
+            )
 
     def _expand_inputs_for_generation(
         self,
@@ -500,36 +503,32 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, MiniMindHeadMi
         """Repeats every row `expand_size` times (beams, `num_return_sequences`), each with all of its images."""
         images = {key: model_kwargs.pop(key) for key in ("pixel_values", "mm_encoder_outputs") if key in model_kwargs}
         if expand_size > 1 and images:
-            indices, first = [], 0
-            for count in self._images_per_row(input_ids, model_kwargs.get("inputs_embeds")):
-                indices += list(range(first, first + count)) * expand_size
-                first += count
-            self._take_images(images, indices)
+            placeholders = self._placeholders_of_prompt(input_ids, model_kwargs.get("inputs_embeds"))
+            self._follow_rows(images, placeholders, repeat=expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **images}
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, is_first_iteration: bool | None = False, **kwargs: Any
+        self,
+        input_ids: torch.LongTensor,
+        is_first_iteration: bool | None = False,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """Drops images with the tokens that the cache already holds."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs.pop("mm_encoder_outputs", None)  # as the library does since 5.19
+        """Inputs of one step; images go with the tokens that are already in the cache."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if not is_first_iteration:
+            if kwargs.get("use_cache", True):
+                inputs.pop("mm_encoder_outputs", None)  # as the library does since 5.19
             return inputs
-        key = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
-        whole = {"input_ids": input_ids, "inputs_embeds": kwargs.get("inputs_embeds")}
-        if inputs[key].shape[1] < whole[key].shape[1]:
-            arguments = (None, inputs[key]) if key == "inputs_embeds" else (inputs[key], None)
-            whole_arguments = (None, whole[key]) if key == "inputs_embeds" else (whole[key], None)
-            indices, last = [], 0
-            for count, kept in zip(
-                self._images_per_row(*whole_arguments), self._images_per_row(*arguments), strict=True
-            ):
-                last += count
-                indices += range(last - kept, last)
-            self._take_images(inputs, indices)
+        placeholders = self._placeholders_of_prompt(input_ids, inputs_embeds)
+        prompt = inputs["input_ids"] if inputs_embeds is None else inputs["inputs_embeds"]
+        if cut := placeholders.shape[1] - prompt.shape[1]:
+            self._follow_rows(inputs, placeholders, cut=cut)
         return inputs
 
 
@@ -539,4 +538,4 @@ MiniMindForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 MiniMindVModel.register_for_auto_class("AutoModel")
 MiniMindVForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
-__all__ = ["MiniMindModel", "MiniMindForCausalLM", "MiniMindVModel", "MiniMindVForConditionalGeneration"]
+__all__ = ["MiniMindForCausalLM", "MiniMindModel", "MiniMindVForConditionalGeneration", "MiniMindVModel"]

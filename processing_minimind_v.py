@@ -187,11 +187,15 @@ class MiniMindVProcessor(ProcessorMixin):
         self.image_placeholder = self.image_token * (self.image_seq_length // len(ids))
         # Too long a prompt is an error here, so the tokenizer need not warn of it.
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+        self.auto_map = {"AutoProcessor": "processing_minimind_v.MiniMindVProcessor"}
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
         """Loads all pictures; keeps the nesting, so that samples can be told apart."""
         _, text, videos, audio = super().prepare_inputs_layout(text=text, **kwargs)
+        if text is not None:  # a prompt may be expanded already
+            expanded, token = self.image_placeholder, self.image_token
+            text = [sample.replace(expanded, token) if isinstance(sample, str) else sample for sample in text]
         if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
             images = list(images)
         if images is not None and not isinstance(images, (list, tuple)):
@@ -221,21 +225,22 @@ class MiniMindVProcessor(ProcessorMixin):
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
         """Every sample must have as many pictures as placeholders."""
         if isinstance(text, list) and all(isinstance(sample, str) for sample in text):
-            placeholders = [sample.count(self.image_token) for sample in text]
-            pictures = [len(sample) for sample in images] if images and isinstance(images[0], list) else None
-            if pictures is None:  # a flat list, in reading order: only the total can be compared
-                pictures, placeholders = [len(images or [])], [sum(placeholders)]
-            if len(pictures) != len(placeholders):
+            expected = [sample.count(self.image_token) for sample in text]
+            received = [len(sample) for sample in images] if images and isinstance(images[0], list) else None
+            if received is None:  # a flat list, in reading order: only the total can be compared
+                expected, received = [sum(expected)], [len(images or [])]
+            rule = "The number of image tokens in the prompts should be the same as the number of images, but"
+            if len(expected) != len(received):
                 raise ValueError(
-                    f"images has {len(pictures)} lists, but text has {len(placeholders)} samples. Pass one list of "
-                    "images per sample ([] where there is none)."
+                    f"{rule} there are {len(text)} prompts and {len(received)} lists of images. Pass one list per "
+                    "prompt, an empty one where it has no image."
                 )
-            for sample, (expected, received) in enumerate(zip(placeholders, pictures, strict=True)):
-                if expected != received:
-                    where = f"Sample {sample}" if len(text) == len(pictures) else "The whole batch"
+            for sample, (in_text, given) in enumerate(zip(expected, received, strict=True)):
+                if in_text != given:
+                    where = f"sample {sample}" if len(text) == len(expected) else "the batch"
                     raise ValueError(
-                        f"{where} has {expected} image placeholders in the text, but {received} images. Write "
-                        "one placeholder per image (an image part in a chat), and none in the user's own words."
+                        f"{rule} {where} has {in_text} in the text and {given} images. Write one placeholder per "
+                        "image (an image part in a chat), and none in the user's own words."
                     )
         super().validate_inputs(images=images or None, text=text, **kwargs)
 
@@ -248,13 +253,14 @@ class MiniMindVProcessor(ProcessorMixin):
         return self.image_placeholder
 
     def create_mm_token_type_ids(self, input_ids: list) -> list[list[int]]:
-        """1 for the tokens of an image, 0 for text. Only unbroken runs of whole images count."""
+        """1 for the tokens of an image, 0 for text. Only what fills whole images counts, as in the model."""
         rows = []
         for ids in input_ids:
             rows.append([])
             for is_image, run in groupby(ids, key=lambda token: token == self.image_token_id):
                 length = len(list(run))
-                rows[-1] += [int(is_image and length % self.image_seq_length == 0)] * length
+                of_images = length // self.image_seq_length * self.image_seq_length if is_image else 0
+                rows[-1] += [1] * of_images + [0] * (length - of_images)
         return rows
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: BatchFeature, modalities: list[str]) -> None:
@@ -264,8 +270,8 @@ class MiniMindVProcessor(ProcessorMixin):
             expected = prompt.count(self.image_placeholder) * self.image_seq_length
             if sum(types) != expected:
                 raise ValueError(
-                    f"Truncation to {len(ids)} tokens would cut an image of sample {sample}: its images take {expected} "
-                    f"tokens. Raise max_length, disable truncation, or pass fewer images."
+                    f"Truncation to {len(ids)} tokens would cut an image of sample {sample}, whose images take "
+                    f"{expected} tokens. Raise max_length, disable truncation, or pass fewer images."
                 )
             if len(ids) > self.tokenizer.model_max_length:
                 raise ValueError(
@@ -291,6 +297,12 @@ class MiniMindVProcessor(ProcessorMixin):
         """
         if not kwargs.get("sanitize_control_tokens"):
             self._refuse_control_tokens(conversation)
+        if kwargs.get("return_assistant_tokens_mask") and not hasattr(
+            ProcessorMixin, "_adjust_assistant_masks_indices"
+        ):
+            # Without that method the library looks for answers where they stood before placeholders were expanded.
+            template = kwargs.get("chat_template") or self.chat_template
+            kwargs["chat_template"] = template.replace(self.image_token, self.image_placeholder)
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def _refuse_control_tokens(self, conversation: Any) -> None:

@@ -1,0 +1,248 @@
+"""Train a small MiniMind-V from scratch to name pictures of emoji in English and Chinese, on a CPU.
+
+    python examples/emoji/train.py --data data/emoji --output checkpoints/minimind-v-emoji
+
+Three stages, all run by the library's `Trainer`:
+1. the vision tower learns to classify the pictures (with a linear head on its mean feature, thrown away afterwards).
+   Without this stage the decoder learns the names but stays blind to the picture for very long;
+2. projector and decoder learn to answer, the tower is frozen;
+3. everything learns together for a short while, with a small learning rate.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from prompts import QUESTIONS, answers
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    SiglipImageProcessorPil,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from minimind_v import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
+
+STYLES = ("google", "twitter")
+IMAGE_SIZE = 64
+IGNORE = -100
+
+
+def build(tokenizer) -> tuple[MiniMindVForConditionalGeneration, MiniMindVProcessor]:
+    """A model with random weights, and its processor."""
+    config = MiniMindVConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 192,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 48,
+            "intermediate_size": 512,
+            "max_position_embeddings": tokenizer.model_max_length,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 192,
+            "intermediate_size": 768,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 3,
+            "image_size": IMAGE_SIZE,
+            "patch_size": 16,
+            "vision_use_head": False,
+        },
+        image_token_id=tokenizer.image_token_id,
+    )
+    model = MiniMindVForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[tokenizer.image_token_id],
+        do_sample=False,
+        max_new_tokens=40,
+    )
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    image_processor = SiglipImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return model, MiniMindVProcessor(image_processor, tokenizer, config.image_seq_length, tokenizer.image_token)
+
+
+def load_pictures(files: list[Path]) -> torch.Tensor:
+    """`[N, 4, 64, 64]` in [0, 1]: colours multiplied by alpha, and alpha."""
+    pictures = np.stack([np.asarray(Image.open(file).convert("RGBA")) for file in tqdm(files, desc="pictures")])
+    pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    pictures[:, :3] *= pictures[:, 3:]
+    return pictures
+
+
+def augment(pictures: torch.Tensor) -> torch.Tensor:
+    """Slightly turn, scale, shift and tint `[B, 4, 64, 64]`, put it on white or a light colour: `[B, 3, 64, 64]`."""
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        return low + (high - low) * torch.rand(len(pictures), *shape)
+
+    angle, scale = uniform(-0.12, 0.12), 1 / uniform(0.85, 1.08)
+    cosine, sine = scale * angle.cos(), scale * angle.sin()
+    rows = torch.stack([cosine, -sine, uniform(-0.1, 0.1), sine, cosine, uniform(-0.1, 0.1)], dim=1).view(-1, 2, 3)
+    pictures = F.grid_sample(pictures, F.affine_grid(rows, pictures.shape, align_corners=False), align_corners=False)
+    white = torch.rand(len(pictures), 1, 1, 1) < 0.6
+    background = torch.where(white, 1.0, uniform(0.8, 1.0, 3, 1, 1))
+    colours = pictures[:, :3] + background * (1 - pictures[:, 3:])
+    colours = 0.5 + (colours - 0.5) * uniform(0.9, 1.05, 1, 1, 1) + uniform(-0.05, 0.05, 3, 1, 1)
+    return colours.clamp(0, 1) * 2 - 1
+
+
+class TowerClassifier(nn.Module):
+    """Stage 1: the mean of the tower's features must tell the kind of thing."""
+
+    def __init__(self, tower: nn.Module, width: int, num_kinds: int) -> None:
+        super().__init__()
+        self.tower, self.head = tower, nn.Linear(width, num_kinds)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.head(self.tower(pixel_values).last_hidden_state.mean(dim=1))
+        return {"loss": F.cross_entropy(logits, labels, label_smoothing=0.1), "logits": logits}
+
+
+class CaptionCollator:
+    """Rows of chat: picture, a random question in the row's language, answer; loss on the answer only."""
+
+    def __init__(self, pictures: torch.Tensor, kinds: list[dict], processor: MiniMindVProcessor) -> None:
+        self.pictures, self.pad = pictures, processor.tokenizer.pad_token_id
+        dummy = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+
+        def prompt(question: str) -> list[int]:
+            content = [{"type": "image", "image": dummy}, {"type": "text", "text": question}]
+            chat = [{"role": "user", "content": content}]
+            return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)[
+                "input_ids"
+            ][0]
+
+        encode = processor.tokenizer.encode
+        self.prompts = {language: [prompt(q) for q in questions] for language, questions in QUESTIONS.items()}
+        self.answers = [
+            {language: encode(text + "<|im_end|>\n") for language, text in answers(kind).items()} for kind in kinds
+        ]
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        prompts = [random.choice(self.prompts[row["language"]]) for row in rows]
+        replies = [self.answers[row["kind"]][row["language"]] for row in rows]
+        length = max(len(prompt) + len(reply) for prompt, reply in zip(prompts, replies, strict=True))
+        ids = torch.full((len(rows), length), self.pad)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
+        for i, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
+            end = len(prompt) + len(reply)
+            ids[i, :end], mask[i, :end] = torch.tensor(prompt + reply), 1
+            labels[i, len(prompt) : end] = torch.tensor(reply)
+        pixel_values = augment(self.pictures[[row["picture"] for row in rows]])
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixel_values}
+
+
+def fit(name: str, module: nn.Module, rows: list[dict], collator, epochs: float, learning_rate: float, seed: int):
+    """Run one stage with the Trainer and print how long it took."""
+    options = TrainingArguments(
+        output_dir="unused",
+        save_strategy="no",
+        report_to="none",
+        num_train_epochs=epochs,
+        per_device_train_batch_size=64,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=100,
+        weight_decay=0.05,
+        adam_beta2=0.98,
+        logging_steps=200,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        seed=seed,
+    )
+    start = time.time()
+    Trainer(module, options, train_dataset=rows, data_collator=collator).train()
+    print(f"{name}: {epochs:g} epochs of {len(rows)} rows in {(time.time() - start) / 60:.1f} minutes", flush=True)
+
+
+@torch.inference_mode()
+def evaluate(folder: Path, files: list[Path], kinds: list[dict]) -> dict[str, float]:
+    """Share of the pictures whose greedy caption is exactly right, per style and language, from the saved weights."""
+    model = MiniMindVForConditionalGeneration.from_pretrained(folder).eval()
+    processor = MiniMindVProcessor.from_pretrained(folder)
+    accuracy = {}
+    for language, questions in QUESTIONS.items():
+        texts = [answers(kind)[language] for kind in kinds]
+        captions = []
+        for start in tqdm(range(0, len(files), 128), desc=f"captions, {language}"):
+            chats = [
+                [
+                    {
+                        "role": "user",
+                        "content": [{"type": "image", "path": str(f)}, {"type": "text", "text": questions[0]}],
+                    }
+                ]
+                for f in files[start : start + 128]
+            ]
+            inputs = processor.apply_chat_template(
+                chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+            ).to(dtype=model.dtype)
+            output = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+            captions += [text.strip() for text in processor.batch_decode(output, skip_special_tokens=True)]
+        for i, style in enumerate(STYLES):
+            right = [a == b for a, b in zip(captions[i * len(kinds) : (i + 1) * len(kinds)], texts, strict=True)]
+            accuracy[f"{style}, {language}"] = sum(right) / len(right)
+    return accuracy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="folder written by prepare.py")
+    parser.add_argument("--output", type=Path, default=Path("checkpoints/minimind-v-emoji"))
+    parser.add_argument("--tower-epochs", type=float, default=80)
+    parser.add_argument("--decoder-epochs", type=float, default=30)
+    parser.add_argument("--joint-epochs", type=float, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    set_seed(options.seed)
+
+    kinds = [json.loads(line) for line in (options.data / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    files = [options.data / "pictures" / style / f"{kind['code']}.png" for style in STYLES for kind in kinds]
+    pictures = load_pictures(files)
+    model, processor = build(AutoTokenizer.from_pretrained(options.data / "tokenizer"))
+    print(f"{len(kinds)} kinds, {len(files)} pictures, {model.num_parameters() / 1e6:.2f}M parameters")
+
+    rows = [{"picture": i, "kind": i % len(kinds)} for i in range(len(files))]
+
+    def classify(batch: list[dict]) -> dict[str, torch.Tensor]:
+        pixel_values = augment(pictures[[row["picture"] for row in batch]])
+        return {"pixel_values": pixel_values, "labels": torch.tensor([row["kind"] for row in batch])}
+
+    classifier = TowerClassifier(model.model.vision_tower, model.config.vision_config.hidden_size, len(kinds))
+    fit("tower", classifier, rows, classify, options.tower_epochs, 1e-3, options.seed)
+
+    rows = [{**row, "language": language} for row in rows for language in QUESTIONS]
+    caption = CaptionCollator(pictures, kinds, processor)
+    model.model.vision_tower.requires_grad_(False)
+    fit("projector and decoder", model, rows, caption, options.decoder_epochs, 2e-3, options.seed + 1)
+    model.model.vision_tower.requires_grad_(True)
+    fit("everything", model, rows, caption, options.joint_epochs, 3e-4, options.seed + 2)
+
+    model.to(torch.bfloat16).save_pretrained(options.output)
+    processor.save_pretrained(options.output)
+    for name, value in evaluate(options.output, files, kinds).items():
+        print(f"{name}: {value:.1%} exactly right")
+
+
+if __name__ == "__main__":
+    main()

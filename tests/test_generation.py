@@ -1,0 +1,212 @@
+"""`generate()` is the library's; every mode, cache and batch must give what a single greedy run gives."""
+
+import pytest
+import torch
+import transformers
+from conftest import IDS, KINDS, make_model, picture, user
+from packaging.version import Version
+from transformers import DynamicCache, TextIteratorStreamer
+
+NEW_TOKENS = 12
+
+
+@pytest.fixture(params=KINDS, ids=IDS)
+def setup(request, make_processor, pictures, encode):
+    """Model, processor, and three chats: one picture, two pictures with text between, none."""
+    tower, moe = request.param
+    model, processor = make_model(tower, moe), make_processor(tower)
+    chats = [
+        user(pictures[0], "What is this?"),
+        user("First", pictures[1], " and then ", pictures[2], " What is the difference between the two?"),
+        user("Describe nothing."),
+    ]
+    return model, processor, chats
+
+
+def answers(model, inputs, **options):
+    """New tokens of every row."""
+    generated = model.generate(**inputs, **{"do_sample": False, "max_new_tokens": NEW_TOKENS} | options)
+    return generated[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_batch_equals_single_rows(setup, encode):
+    model, processor, chats = setup
+    single = [answers(model, encode(processor, chat))[0] for chat in chats]
+    batch = encode(processor, *chats)
+    assert batch["pixel_values"].shape[0] == 3
+    assert answers(model, batch) == single
+    assert len({tuple(row) for row in single}) == 3
+
+
+def test_picture_decides_the_answer(setup, encode):
+    model, processor, chats = setup
+    inputs = encode(processor, chats[0])
+    other = {**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}
+    assert not torch.allclose(model(**inputs).logits[:, -1], model(**other).logits[:, -1], atol=1e-3)
+
+
+@pytest.mark.parametrize("tower, moe", [("siglip", False), ("clip", True)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "offloaded"},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=str,
+)
+def test_same_tokens_another_way(tower, moe, options, make_processor, pictures, encode):
+    model, processor = make_model(tower, moe), make_processor(tower)
+    inputs = encode(processor, user("First", pictures[1], " then ", pictures[2], " What differs?"))
+    if options.get("cache_implementation") == "offloaded" and not torch.cuda.is_available():
+        pytest.skip("the library's offloaded cache needs an accelerator")
+    assert answers(model, inputs, **options) == answers(model, inputs)
+
+
+def test_quantized_cache(make_processor, pictures, encode):
+    pytest.importorskip("optimum.quanto", reason="a quantized cache needs optimum-quanto")
+    model = make_model(head_dim=64)
+    inputs = encode(make_processor(), user(pictures[0], "What is this?"))
+    config = {"backend": "quanto", "nbits": 4, "residual_length": 256}
+    assert answers(model, inputs, cache_implementation="quantized", cache_config=config) == answers(model, inputs)
+
+
+def test_assisted_decoding(setup, encode):
+    model, processor, chats = setup
+    inputs = encode(processor, chats[1])
+    assistant = make_model("siglip" if model.config.vision_config.model_type.startswith("s") else "clip")
+    assert answers(model, inputs, assistant_model=assistant) == answers(model, inputs)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 3}], ids=str)
+def test_beams_of_a_batch_equal_single_rows(setup, encode, options):
+    model, processor, chats = setup
+    # Scores of padded and single rows differ by rounding, which can swap beams that tie: compare in float64.
+    model.double().set_experts_implementation("eager")  # the grouped kernel has no float64
+    single = [row for chat in chats for row in answers(model, encode(processor, chat), **options)]
+    batch = encode(processor, *chats)
+    assert answers(model, batch, **options) == single
+
+
+def test_returned_sequences_have_all_pictures_of_their_row(setup, encode):
+    model, processor, chats = setup
+    inputs = encode(processor, chats[1])
+    rows = answers(model, inputs, do_sample=True, top_k=1, num_return_sequences=3)
+    assert rows == answers(model, inputs) * 3
+
+
+def test_sampling_follows_the_seed(setup, encode):
+    model, processor, chats = setup
+    inputs = encode(processor, *chats)
+    options = {"do_sample": True, "top_p": 0.85, "top_k": 40, "temperature": 0.65, "repetition_penalty": 1.1}
+    rows = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        rows.append(answers(model, inputs, **options))
+    assert rows[0] == rows[1] != rows[2]
+
+
+def test_streamer_gives_the_same_text(setup, encode):
+    model, processor, chats = setup
+    inputs = encode(processor, chats[0])
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
+    rows = answers(model, inputs, streamer=streamer)
+    assert "".join(streamer) == processor.decode(rows[0])
+
+
+def test_continuing_from_a_past_cache(setup, encode, pictures):
+    """The second turn brings the whole chat and all pictures; the cache holds the first turn."""
+    model, processor, chats = setup
+    first = encode(processor, chats[1])
+    cache = DynamicCache(config=model.config.get_text_config())
+    told = model.generate(**first, past_key_values=cache, do_sample=False, max_new_tokens=5)
+    answer = processor.decode(told[0, first["input_ids"].shape[1] :])
+    turn = [user(pictures[3], "And this?")]
+    tail = encode(processor, turn)
+    inputs = {
+        "input_ids": torch.cat([told, tail["input_ids"]], 1),
+        "pixel_values": torch.cat([first["pixel_values"], tail["pixel_values"]]),
+    }
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    assert answer and cache.get_seq_length() == told.shape[1] - 1
+    assert answers(model, inputs, past_key_values=cache) == answers(model, inputs)
+
+
+def test_continuing_when_all_pictures_are_in_the_cache(setup, encode):
+    model, processor, chats = setup
+    first = encode(processor, chats[0])
+    cache = DynamicCache(config=model.config.get_text_config())
+    told = model.generate(**first, past_key_values=cache, do_sample=False, max_new_tokens=5)
+    inputs = {"input_ids": torch.cat([told, told[:, -4:]], 1), "pixel_values": first["pixel_values"]}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    assert answers(model, inputs, past_key_values=cache) == answers(model, inputs)
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.21"), reason="older versions refuse pictures here")
+def test_chunked_prefill(setup, encode):
+    model, processor, chats = setup
+    inputs = encode(processor, chats[1])
+    assert answers(model, inputs, prefill_chunk_size=7) == answers(model, inputs)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 1, "num_return_sequences": 2}])
+def test_features_computed_once_serve_many_questions(setup, encode, options):
+    model, processor, chats = setup
+    inputs = encode(processor, chats[1])
+    expected = answers(model, inputs, **options)
+    features = model.get_image_features(inputs.pop("pixel_values"))
+    assert [tuple(image.shape) for image in features.pooler_output] == [(16, 32)] * 2
+    tower_calls = []
+    model.model.vision_tower.register_forward_hook(lambda *_: tower_calls.append(1))
+    for _ in range(2):  # the second time: the first call has not changed the features
+        assert answers(model, {**inputs, "mm_encoder_outputs": {"image": features}}, **options) == expected
+    assert not tower_calls
+
+
+def test_embeddings_instead_of_ids(setup, encode):
+    model, processor, chats = setup
+    inputs = encode(processor, chats[1])
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    given = {
+        "inputs_embeds": embeds,
+        "attention_mask": inputs["attention_mask"],
+        "pixel_values": inputs["pixel_values"],
+    }
+    for options in ({}, {"num_beams": 3}):
+        options |= {"do_sample": False, "max_new_tokens": NEW_TOKENS}
+        assert model.generate(**given, **options).tolist() == answers(model, inputs, **options)
+
+
+def test_tower_runs_once_per_generation(setup, encode):
+    model, processor, chats = setup
+    calls = []
+    model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    answers(model, encode(processor, *chats))
+    assert len(calls) == 1
+    answers(model, encode(processor, chats[2]))
+    assert len(calls) == 1  # text only: the tower is not used
+
+
+def test_at_sign_as_placeholder_of_minimind2(make_processor, encode):
+    """196 (here 16) times `@` is a picture, the `@` of an e-mail address is text, in every mode."""
+    processor = make_processor("clip", image_token="@" * 16)
+    model = make_model("clip")
+    model.config.image_token_id = processor.image_token_id
+    chat = user("Mail me@home.org: ", picture(1), " or you@work.org ", picture(2), " what differs?")
+    inputs = encode(processor, chat)
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 2 * 16 + 2
+    single = answers(model, inputs)
+    assert answers(model, inputs, do_sample=True, top_k=1, num_return_sequences=2) == single * 2
+    assert len(answers(model, inputs, num_beams=2)) == 1
+    batch = encode(processor, chat, user("a@b"), user(picture(1), "@"))
+    assert answers(model, batch)[0] == single[0]
+
+
+def test_compiled_decoding_with_a_static_cache(make_processor, pictures, encode):
+    model = make_model("siglip", moe=True)
+    inputs = encode(make_processor(), user(pictures[0], "What is this?"))
+    expected = answers(model, inputs)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    torch._dynamo.reset()
+    assert answers(model, inputs, cache_implementation="static") == expected
