@@ -65,11 +65,13 @@ def test_same_tokens_another_way(tower, moe, options, make_processor, pictures, 
 
 
 def test_quantized_cache(make_processor, pictures, encode):
+    """Four bits are not exact: the first token, computed while the cache is filled, is; the rest must only run."""
     pytest.importorskip("optimum.quanto", reason="a quantized cache needs optimum-quanto")
     model = make_model(head_dim=64)
     inputs = encode(make_processor(), user(pictures[0], "What is this?"))
-    config = {"backend": "quanto", "nbits": 4, "residual_length": 256}
-    assert answers(model, inputs, cache_implementation="quantized", cache_config=config) == answers(model, inputs)
+    config = {"backend": "quanto", "nbits": 4}
+    quantized = answers(model, inputs, cache_implementation="quantized", cache_config=config)[0]
+    assert len(quantized) == NEW_TOKENS and quantized[0] == answers(model, inputs)[0][0]
 
 
 def test_assisted_decoding(setup, encode):

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 from prompts import CHAT_TEMPLATE, QUESTIONS, answers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -41,7 +42,7 @@ def fetch(package: str, folder: Path) -> Path:
     return tarball
 
 
-def read_json(tarball: Path, member: str):
+def read_json(tarball: Path, member: str) -> Any:
     with tarfile.open(tarball) as archive:
         return json.load(archive.extractfile(member))
 

@@ -11,13 +11,12 @@ Three stages, all run by the library's `Trainer`:
 
 import argparse
 import json
-import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from batches import IMAGE_SIZE, CaptionCollator, augment, load_pictures
 from prompts import QUESTIONS, answers
 from torch import nn
 from torch.nn import functional as F
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
     Trainer,
     TrainingArguments,
@@ -34,17 +34,15 @@ from transformers import (
 from minimind_v import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
 
 STYLES = ("google", "twitter")
-IMAGE_SIZE = 64
-IGNORE = -100
 
 
-def build(tokenizer) -> tuple[MiniMindVForConditionalGeneration, MiniMindVProcessor]:
+def build(tokenizer: PreTrainedTokenizerFast) -> tuple[MiniMindVForConditionalGeneration, MiniMindVProcessor]:
     """A model with random weights, and its processor."""
     config = MiniMindVConfig(
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": 192,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 48,
@@ -81,31 +79,6 @@ def build(tokenizer) -> tuple[MiniMindVForConditionalGeneration, MiniMindVProces
     return model, MiniMindVProcessor(image_processor, tokenizer, config.image_seq_length, tokenizer.image_token)
 
 
-def load_pictures(files: list[Path]) -> torch.Tensor:
-    """`[N, 4, 64, 64]` in [0, 1]: colours multiplied by alpha, and alpha."""
-    pictures = np.stack([np.asarray(Image.open(file).convert("RGBA")) for file in tqdm(files, desc="pictures")])
-    pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-    pictures[:, :3] *= pictures[:, 3:]
-    return pictures
-
-
-def augment(pictures: torch.Tensor) -> torch.Tensor:
-    """Slightly turn, scale, shift and tint `[B, 4, 64, 64]`, put it on white or a light colour: `[B, 3, 64, 64]`."""
-
-    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
-        return low + (high - low) * torch.rand(len(pictures), *shape)
-
-    angle, scale = uniform(-0.12, 0.12), 1 / uniform(0.85, 1.08)
-    cosine, sine = scale * angle.cos(), scale * angle.sin()
-    rows = torch.stack([cosine, -sine, uniform(-0.1, 0.1), sine, cosine, uniform(-0.1, 0.1)], dim=1).view(-1, 2, 3)
-    pictures = F.grid_sample(pictures, F.affine_grid(rows, pictures.shape, align_corners=False), align_corners=False)
-    white = torch.rand(len(pictures), 1, 1, 1) < 0.6
-    background = torch.where(white, 1.0, uniform(0.8, 1.0, 3, 1, 1))
-    colours = pictures[:, :3] + background * (1 - pictures[:, 3:])
-    colours = 0.5 + (colours - 0.5) * uniform(0.9, 1.05, 1, 1, 1) + uniform(-0.05, 0.05, 3, 1, 1)
-    return colours.clamp(0, 1) * 2 - 1
-
-
 class TowerClassifier(nn.Module):
     """Stage 1: the mean of the tower's features must tell the kind of thing."""
 
@@ -118,48 +91,23 @@ class TowerClassifier(nn.Module):
         return {"loss": F.cross_entropy(logits, labels, label_smoothing=0.1), "logits": logits}
 
 
-class CaptionCollator:
-    """Rows of chat: picture, a random question in the row's language, answer; loss on the answer only."""
-
-    def __init__(self, pictures: torch.Tensor, kinds: list[dict], processor: MiniMindVProcessor) -> None:
-        self.pictures, self.pad = pictures, processor.tokenizer.pad_token_id
-        dummy = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
-
-        def prompt(question: str) -> list[int]:
-            content = [{"type": "image", "image": dummy}, {"type": "text", "text": question}]
-            chat = [{"role": "user", "content": content}]
-            return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)[
-                "input_ids"
-            ][0]
-
-        encode = processor.tokenizer.encode
-        self.prompts = {language: [prompt(q) for q in questions] for language, questions in QUESTIONS.items()}
-        self.answers = [
-            {language: encode(text + "<|im_end|>\n") for language, text in answers(kind).items()} for kind in kinds
-        ]
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        prompts = [random.choice(self.prompts[row["language"]]) for row in rows]
-        replies = [self.answers[row["kind"]][row["language"]] for row in rows]
-        length = max(len(prompt) + len(reply) for prompt, reply in zip(prompts, replies, strict=True))
-        ids = torch.full((len(rows), length), self.pad)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
-        for i, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
-            end = len(prompt) + len(reply)
-            ids[i, :end], mask[i, :end] = torch.tensor(prompt + reply), 1
-            labels[i, len(prompt) : end] = torch.tensor(reply)
-        pixel_values = augment(self.pictures[[row["picture"] for row in rows]])
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixel_values}
-
-
-def fit(name: str, module: nn.Module, rows: list[dict], collator, epochs: float, learning_rate: float, seed: int):
+def fit(
+    name: str,
+    module: nn.Module,
+    rows: list[dict],
+    collator: Callable,
+    epochs: float,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
     """Run one stage with the Trainer and print how long it took."""
     options = TrainingArguments(
         output_dir="unused",
         save_strategy="no",
         report_to="none",
         num_train_epochs=epochs,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=batch,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=100,
@@ -185,14 +133,10 @@ def evaluate(folder: Path, files: list[Path], kinds: list[dict]) -> dict[str, fl
         texts = [answers(kind)[language] for kind in kinds]
         captions = []
         for start in tqdm(range(0, len(files), 128), desc=f"captions, {language}"):
+            question = {"type": "text", "text": questions[0]}
             chats = [
-                [
-                    {
-                        "role": "user",
-                        "content": [{"type": "image", "path": str(f)}, {"type": "text", "text": questions[0]}],
-                    }
-                ]
-                for f in files[start : start + 128]
+                [{"role": "user", "content": [{"type": "image", "path": str(file)}, question]}]
+                for file in files[start : start + 128]
             ]
             inputs = processor.apply_chat_template(
                 chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
@@ -209,9 +153,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="folder written by prepare.py")
     parser.add_argument("--output", type=Path, default=Path("checkpoints/minimind-v-emoji"))
-    parser.add_argument("--tower-epochs", type=float, default=80)
-    parser.add_argument("--decoder-epochs", type=float, default=30)
-    parser.add_argument("--joint-epochs", type=float, default=8)
+    parser.add_argument("--tower-epochs", type=float, default=120)
+    parser.add_argument("--decoder-epochs", type=float, default=50)
+    parser.add_argument("--joint-epochs", type=float, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     set_seed(options.seed)
@@ -229,14 +173,14 @@ def main() -> None:
         return {"pixel_values": pixel_values, "labels": torch.tensor([row["kind"] for row in batch])}
 
     classifier = TowerClassifier(model.model.vision_tower, model.config.vision_config.hidden_size, len(kinds))
-    fit("tower", classifier, rows, classify, options.tower_epochs, 1e-3, options.seed)
+    fit("tower", classifier, rows, classify, options.tower_epochs, 64, 1e-3, options.seed)
 
     rows = [{**row, "language": language} for row in rows for language in QUESTIONS]
     caption = CaptionCollator(pictures, kinds, processor)
     model.model.vision_tower.requires_grad_(False)
-    fit("projector and decoder", model, rows, caption, options.decoder_epochs, 2e-3, options.seed + 1)
+    fit("projector and decoder", model, rows, caption, options.decoder_epochs, 32, 2e-3, options.seed + 1)
     model.model.vision_tower.requires_grad_(True)
-    fit("everything", model, rows, caption, options.joint_epochs, 3e-4, options.seed + 2)
+    fit("everything", model, rows, caption, options.joint_epochs, 32, 5e-4, options.seed + 2)
 
     model.to(torch.bfloat16).save_pretrained(options.output)
     processor.save_pretrained(options.output)
