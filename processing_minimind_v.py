@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image, ImageOps
 from transformers import BatchFeature, ImageTextToTextPipeline, Pipeline, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
+TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 URL_TIMEOUT = 20  # seconds
 MAX_DOWNLOAD_BYTES = 64 * 2**20
 # A centre crop to a square sees nothing beyond this ratio of sides, with a margin for the resampling filter.
@@ -177,6 +179,8 @@ class MiniMindVProcessor(ProcessorMixin):
             "image_seq_length": self.image_seq_length,
             "image_token": self.image_token,
         }
+        for name in ("is_local", "local_files_only"):  # how it was loaded is not to be saved with it
+            tokenizer.init_kwargs.pop(name, None)
         ids = tokenizer.encode(self.image_token, add_special_tokens=False)
         if len(set(ids)) != 1 or len(ids) not in (1, self.image_seq_length):
             raise ValueError(
@@ -297,10 +301,8 @@ class MiniMindVProcessor(ProcessorMixin):
         """
         if not kwargs.get("sanitize_control_tokens"):
             self._refuse_control_tokens(conversation)
-        if kwargs.get("return_assistant_tokens_mask") and not hasattr(
-            ProcessorMixin, "_adjust_assistant_masks_indices"
-        ):
-            # Without that method the library looks for answers where they stood before placeholders were expanded.
+        if kwargs.get("return_assistant_tokens_mask") and TRANSFORMERS_VERSION < (5, 18):
+            # It looks for the answers where they stood before the placeholders were expanded: so expand them first.
             template = kwargs.get("chat_template") or self.chat_template
             kwargs["chat_template"] = template.replace(self.image_token, self.image_placeholder)
         return super().apply_chat_template(conversation, *args, **kwargs)

@@ -100,10 +100,11 @@ def fit(
     batch: int,
     learning_rate: float,
     seed: int,
+    folder: Path,
 ) -> None:
-    """Run one stage with the Trainer and print how long it took."""
+    """Run one stage with the Trainer, which creates `folder` but writes nothing to it, and print how long it took."""
     options = TrainingArguments(
-        output_dir="unused",
+        output_dir=str(folder),
         save_strategy="no",
         report_to="none",
         num_train_epochs=epochs,
@@ -173,14 +174,24 @@ def main() -> None:
         return {"pixel_values": pixel_values, "labels": torch.tensor([row["kind"] for row in batch])}
 
     classifier = TowerClassifier(model.model.vision_tower, model.config.vision_config.hidden_size, len(kinds))
-    fit("tower", classifier, rows, classify, options.tower_epochs, 64, 1e-3, options.seed)
+    fit("tower", classifier, rows, classify, options.tower_epochs, 64, 1e-3, options.seed, options.output)
 
     rows = [{**row, "language": language} for row in rows for language in QUESTIONS]
     caption = CaptionCollator(pictures, kinds, processor)
     model.model.vision_tower.requires_grad_(False)
-    fit("projector and decoder", model, rows, caption, options.decoder_epochs, 32, 2e-3, options.seed + 1)
+    fit(
+        "projector and decoder",
+        model,
+        rows,
+        caption,
+        options.decoder_epochs,
+        32,
+        2e-3,
+        options.seed + 1,
+        options.output,
+    )
     model.model.vision_tower.requires_grad_(True)
-    fit("everything", model, rows, caption, options.joint_epochs, 32, 5e-4, options.seed + 2)
+    fit("everything", model, rows, caption, options.joint_epochs, 32, 5e-4, options.seed + 2, options.output)
 
     model.to(torch.bfloat16).save_pretrained(options.output)
     processor.save_pretrained(options.output)
