@@ -200,8 +200,11 @@ class MiniMindVConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, and what lets the saved checkpoint load by itself: `auto_map` and the image-to-text pipeline."""
+        output = super().to_dict()
+        for name in self.sub_configs:  # as the library sets it on loading, so that saving again changes nothing
+            output[name]["dtype"] = output.get("dtype")
         return {
-            **super().to_dict(),
+            **output,
             "auto_map": {
                 "AutoConfig": "configuration_minimind_v.MiniMindVConfig",
                 "AutoModel": "modeling_minimind_v.MiniMindVModel",

@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from batches import IMAGE_SIZE, CaptionCollator, augment, load_pictures
@@ -91,25 +92,19 @@ class TowerClassifier(nn.Module):
         return {"loss": F.cross_entropy(logits, labels, label_smoothing=0.1), "logits": logits}
 
 
-def fit(
-    name: str,
-    module: nn.Module,
-    rows: list[dict],
-    collator: Callable,
-    epochs: float,
-    batch: int,
-    learning_rate: float,
-    seed: int,
-    folder: Path,
-) -> None:
-    """Run one stage with the Trainer, which creates `folder` but writes nothing to it, and print how long it took."""
-    options = TrainingArguments(
-        output_dir=str(folder),
+def fit(name: str, module: nn.Module, rows: list[dict], collator: Callable, **options: Any) -> None:
+    """Run one stage with the Trainer and print how long it took.
+
+    Args:
+        name: What the stage trains.
+        module: Returns a loss from a batch.
+        rows: The examples.
+        collator: Makes a batch of a list of rows.
+        **options: Fields of `TrainingArguments` that differ between the stages.
+    """
+    arguments = TrainingArguments(
         save_strategy="no",
         report_to="none",
-        num_train_epochs=epochs,
-        per_device_train_batch_size=batch,
-        learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=100,
         weight_decay=0.05,
@@ -117,11 +112,12 @@ def fit(
         logging_steps=200,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        seed=seed,
+        **options,
     )
     start = time.time()
-    Trainer(module, options, train_dataset=rows, data_collator=collator).train()
-    print(f"{name}: {epochs:g} epochs of {len(rows)} rows in {(time.time() - start) / 60:.1f} minutes", flush=True)
+    Trainer(module, arguments, train_dataset=rows, data_collator=collator).train()
+    minutes = (time.time() - start) / 60
+    print(f"{name}: {arguments.num_train_epochs:g} epochs of {len(rows)} rows in {minutes:.1f} minutes", flush=True)
 
 
 @torch.inference_mode()
@@ -168,30 +164,25 @@ def main() -> None:
     print(f"{len(kinds)} kinds, {len(files)} pictures, {model.num_parameters() / 1e6:.2f}M parameters")
 
     rows = [{"picture": i, "kind": i % len(kinds)} for i in range(len(files))]
+    common = {"output_dir": str(options.output), "seed": options.seed}
 
     def classify(batch: list[dict]) -> dict[str, torch.Tensor]:
         pixel_values = augment(pictures[[row["picture"] for row in batch]])
         return {"pixel_values": pixel_values, "labels": torch.tensor([row["kind"] for row in batch])}
 
-    classifier = TowerClassifier(model.model.vision_tower, model.config.vision_config.hidden_size, len(kinds))
-    fit("tower", classifier, rows, classify, options.tower_epochs, 64, 1e-3, options.seed, options.output)
+    tower = model.model.vision_tower
+    classifier = TowerClassifier(tower, model.config.vision_config.hidden_size, len(kinds))
+    sizes = {"num_train_epochs": options.tower_epochs, "per_device_train_batch_size": 64}
+    fit("tower", classifier, rows, classify, learning_rate=1e-3, **sizes, **common)
 
     rows = [{**row, "language": language} for row in rows for language in QUESTIONS]
     caption = CaptionCollator(pictures, kinds, processor)
-    model.model.vision_tower.requires_grad_(False)
-    fit(
-        "projector and decoder",
-        model,
-        rows,
-        caption,
-        options.decoder_epochs,
-        32,
-        2e-3,
-        options.seed + 1,
-        options.output,
-    )
-    model.model.vision_tower.requires_grad_(True)
-    fit("everything", model, rows, caption, options.joint_epochs, 32, 5e-4, options.seed + 2, options.output)
+    tower.requires_grad_(False)
+    sizes = {"num_train_epochs": options.decoder_epochs, "per_device_train_batch_size": 32}
+    fit("projector and decoder", model, rows, caption, learning_rate=2e-3, **sizes, **common)
+    tower.requires_grad_(True)
+    sizes["num_train_epochs"] = options.joint_epochs
+    fit("everything", model, rows, caption, learning_rate=5e-4, **sizes, **common)
 
     model.to(torch.bfloat16).save_pretrained(options.output)
     processor.save_pretrained(options.output)
