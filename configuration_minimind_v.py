@@ -201,6 +201,7 @@ class MiniMindVConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """All fields, and what lets the saved checkpoint load by itself: `auto_map` and the image-to-text pipeline."""
         output = super().to_dict()
+        output.pop("use_cache", None)  # Trainer turns it off while it trains
         for name in self.sub_configs:  # as the library sets it on loading, so that saving again changes nothing
             output[name]["dtype"] = output.get("dtype")
         return {

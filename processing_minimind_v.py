@@ -179,7 +179,7 @@ class MiniMindVProcessor(ProcessorMixin):
             "image_seq_length": self.image_seq_length,
             "image_token": self.image_token,
         }
-        for name in ("is_local", "local_files_only"):  # how it was loaded is not to be saved with it
+        for name in ("is_local", "local_files_only", "dtype"):  # how it was loaded is not to be saved with it
             tokenizer.init_kwargs.pop(name, None)
         ids = tokenizer.encode(self.image_token, add_special_tokens=False)
         if len(set(ids)) != 1 or len(ids) not in (1, self.image_seq_length):

@@ -164,7 +164,6 @@ def main() -> None:
     print(f"{len(kinds)} kinds, {len(files)} pictures, {model.num_parameters() / 1e6:.2f}M parameters")
 
     rows = [{"picture": i, "kind": i % len(kinds)} for i in range(len(files))]
-    common = {"output_dir": str(options.output), "seed": options.seed}
 
     def classify(batch: list[dict]) -> dict[str, torch.Tensor]:
         pixel_values = augment(pictures[[row["picture"] for row in batch]])
@@ -172,17 +171,20 @@ def main() -> None:
 
     tower = model.model.vision_tower
     classifier = TowerClassifier(tower, model.config.vision_config.hidden_size, len(kinds))
-    sizes = {"num_train_epochs": options.tower_epochs, "per_device_train_batch_size": 64}
-    fit("tower", classifier, rows, classify, learning_rate=1e-3, **sizes, **common)
+    stage = {"output_dir": str(options.output), "seed": options.seed, "per_device_train_batch_size": 64}
+    stage.update(num_train_epochs=options.tower_epochs, learning_rate=1e-3)
+    fit("tower", classifier, rows, classify, **stage)
 
     rows = [{**row, "language": language} for row in rows for language in QUESTIONS]
     caption = CaptionCollator(pictures, kinds, processor)
     tower.requires_grad_(False)
-    sizes = {"num_train_epochs": options.decoder_epochs, "per_device_train_batch_size": 32}
-    fit("projector and decoder", model, rows, caption, learning_rate=2e-3, **sizes, **common)
+    stage.update(seed=options.seed + 1, per_device_train_batch_size=32)
+    stage.update(num_train_epochs=options.decoder_epochs, learning_rate=2e-3)
+    fit("projector and decoder", model, rows, caption, **stage)
+
     tower.requires_grad_(True)
-    sizes["num_train_epochs"] = options.joint_epochs
-    fit("everything", model, rows, caption, learning_rate=5e-4, **sizes, **common)
+    stage.update(seed=options.seed + 2, num_train_epochs=options.joint_epochs, learning_rate=5e-4)
+    fit("everything", model, rows, caption, **stage)
 
     model.to(torch.bfloat16).save_pretrained(options.output)
     processor.save_pretrained(options.output)
