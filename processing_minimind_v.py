@@ -6,6 +6,7 @@ it went in as, every sample has exactly as many pictures as placeholders, and no
 
 import base64
 import binascii
+import copy
 import io
 import os
 import urllib.request
@@ -362,6 +363,17 @@ class MiniMindVImageToTextPipeline(ImageTextToTextPipeline):
             return_tensors="pt",
         )
         return BatchFeature({**model_inputs, "text": prompt})  # "text" is what the parent's _forward expects
+
+    def _forward(self, model_inputs: dict, generate_kwargs: dict | None = None) -> dict:
+        if TRANSFORMERS_VERSION >= (5, 20):
+            return super()._forward(model_inputs, generate_kwargs)
+        # Here the parent passes a whole generation config and single options besides it, which generate() warns of.
+        generate_kwargs = dict(generate_kwargs or {})
+        config = copy.deepcopy(generate_kwargs.pop("generation_config", self.generation_config))
+        others = config.update(**generate_kwargs)
+        inputs = {key: value for key, value in model_inputs.items() if key != "text"}
+        sequences = self.model.generate(**inputs, generation_config=config, **others)
+        return {"generated_sequence": sequences, "input_ids": inputs["input_ids"]}
 
     def postprocess(self, model_outputs: dict, **kwargs: Any) -> list[dict[str, str]]:
         answers = model_outputs["generated_sequence"].flatten(0, -2)[:, model_outputs["input_ids"].shape[-1] :]
