@@ -132,23 +132,32 @@ def router_auxiliary_loss(
     return loss if config.router_aux_loss_type == "switch" else loss / config.num_experts_per_tok
 
 
+@dataclass
+class MiniMindVModelOutputWithPast(MoeModelOutputWithPast):
+    """The library's fields and `image_hidden_states`, the projected image features `[N * S, H]` or None."""
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class MiniMindVCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """The library's fields and `image_hidden_states`, the projected image features `[N * S, H]` or None."""
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
 class MiniMindHeadMixin:
     """What the text-only and the vision-language model do after their backbone: logits, cross entropy, router loss."""
 
-    def head_outputs(
+    def run_with_head(
         self,
         labels: torch.LongTensor | None,
         logits_to_keep: int | torch.Tensor,
         output_router_logits: bool | None,
-        **kwargs: Any,
-    ) -> tuple[MoeModelOutputWithPast, dict[str, Any]]:
-        """Runs the backbone on `kwargs` and returns its outputs with the fields of `MoeCausalLMOutputWithPast`.
-
-        Raises:
-            ValueError: The prompt has more positions than the model.
-        """
+        **inputs: Any,
+    ) -> MiniMindVCausalLMOutputWithPast:
         config = self.config.get_text_config()
-        prompt = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        prompt = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
         if prompt is not None and prompt.shape[1] > config.max_position_embeddings:
             raise ValueError(
                 f"The prompt has {prompt.shape[1]} tokens, but the model has only {config.max_position_embeddings} "
@@ -158,32 +167,31 @@ class MiniMindHeadMixin:
             output_router_logits = config.output_router_logits or (self.training and labels is not None)
         output_router_logits = output_router_logits and config.use_moe
 
-        outputs = self.model(output_router_logits=output_router_logits, **kwargs)
-        hidden_states = outputs.last_hidden_state
+        outputs = self.model(output_router_logits=output_router_logits, **inputs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept])
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
 
-        loss = auxiliary_loss = None
+        loss = aux_loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, config.vocab_size, **kwargs)
+            loss = self.loss_function(logits, labels, config.vocab_size, **inputs)
         if output_router_logits:
-            auxiliary_loss = router_auxiliary_loss(outputs.router_logits, config, hidden_states.shape[0])
+            aux_loss = router_auxiliary_loss(outputs.router_logits, config, batch_size=prompt.shape[0])
             if loss is not None:
                 weight = config.router_aux_loss_coef
-                if (num_items := kwargs.get("num_items_in_batch")) is not None:
+                if (num_items := inputs.get("num_items_in_batch")) is not None:
                     # The losses of the batches of one accumulated step are added up, so each brings its share only.
                     weight = weight * (labels[:, 1:] != -100).sum() / num_items
-                loss = loss + weight * auxiliary_loss.to(loss.device)
-        fields = {
-            "loss": loss,
-            "aux_loss": auxiliary_loss,
-            "logits": logits,
-            "past_key_values": outputs.past_key_values,
-            "hidden_states": outputs.hidden_states,
-            "attentions": outputs.attentions,
-            "router_logits": outputs.router_logits,
-        }
-        return outputs, fields
+                loss = loss + weight * aux_loss.to(loss.device)
+        return MiniMindVCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            image_hidden_states=outputs.get("image_hidden_states"),  # not a field of the text-only backbone
+        )
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, MiniMindHeadMixin, GenerationMixin):
@@ -211,7 +219,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, MiniMindHeadMixin, Generation
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | MoeCausalLMOutputWithPast:
+    ) -> tuple | MiniMindVCausalLMOutputWithPast:
         """Logits `[B, T, vocab_size]` and, with `labels` `[B, T]` (-100: no loss), the loss.
 
         In training, a mixture of experts adds `router_aux_loss_coef * aux_loss` to the cross entropy;
@@ -220,7 +228,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, MiniMindHeadMixin, Generation
         Raises:
             ValueError: The prompt is longer than `max_position_embeddings`.
         """
-        _, fields = self.head_outputs(
+        return self.run_with_head(
             labels,
             logits_to_keep,
             output_router_logits,
@@ -232,24 +240,9 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, MiniMindHeadMixin, Generation
             use_cache=use_cache,
             **kwargs,
         )
-        return MoeCausalLMOutputWithPast(**fields)
 
 
 # --- Vision and language ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class MiniMindVModelOutputWithPast(MoeModelOutputWithPast):
-    """`MoeModelOutputWithPast` and `image_hidden_states`, the projected image features `[N * S, H]`."""
-
-    image_hidden_states: torch.FloatTensor | None = None
-
-
-@dataclass
-class MiniMindVCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """`MoeCausalLMOutputWithPast` and `image_hidden_states`, the projected image features `[N * S, H]`."""
-
-    image_hidden_states: torch.FloatTensor | None = None
 
 
 class MiniMindVMultiModalProjector(nn.Sequential):
@@ -449,7 +442,7 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, MiniMindHeadMi
             >>> inputs = processor.apply_chat_template(chat, return_tensors="pt", **options)
             >>> logits = model(**inputs).logits
         """
-        outputs, fields = self.head_outputs(
+        return self.run_with_head(
             labels,
             logits_to_keep,
             output_router_logits,
@@ -463,35 +456,31 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, MiniMindHeadMi
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        return MiniMindVCausalLMOutputWithPast(**fields, image_hidden_states=outputs.image_hidden_states)
 
     # Images are flat over the batch, so where generate() repeats rows or cuts what the cache holds, the images have to
     # follow. The library repeats them since 5.19 (changing the caller's features in place) and never cuts them.
 
-    def _placeholders_of_prompt(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
-    ) -> torch.BoolTensor:
-        # generate() makes empty ids where it was given embeddings
-        return self.model.find_placeholders(None if inputs_embeds is not None else input_ids, inputs_embeds)
-
     def _follow_rows(
-        self, inputs: dict[str, Any], placeholders: torch.BoolTensor, cut: int = 0, repeat: int = 1
+        self,
+        images: dict[str, Any],
+        input_ids: torch.LongTensor,
+        inputs_embeds: torch.FloatTensor | None,
+        cut: int = 0,
+        repeat: int = 1,
     ) -> None:
-        """Picks the images of `inputs` for rows without their first `cut` tokens, each row `repeat` times."""
-        length = self.config.image_seq_length
-        images = (placeholders.sum(dim=1) // length).tolist()
-        images_left = (placeholders[:, cut:].sum(dim=1) // length).tolist()
+        """Picks from `images` those of the rows without their first `cut` tokens, each row `repeat` times."""
+        # generate() makes empty ids where it was given embeddings
+        is_placeholder = self.model.find_placeholders(input_ids if inputs_embeds is None else None, inputs_embeds)
+        counts = torch.stack([is_placeholder.sum(dim=1), is_placeholder[:, cut:].sum(dim=1)], dim=1)
         indices, end = [], 0
-        for count, left in zip(images, images_left, strict=True):
+        for count, left in (counts // self.config.image_seq_length).tolist():
             end += count
             indices += [*range(end - left, end)] * repeat
-        if inputs.get("pixel_values") is not None:
-            inputs["pixel_values"] = inputs["pixel_values"][indices] if indices else None
-        if (images := (inputs.get("mm_encoder_outputs") or {}).get("image")) is not None:
-            features = [images.pooler_output[i] for i in indices]
-            inputs["mm_encoder_outputs"] = (
-                {"image": BaseModelOutputWithPooling(pooler_output=features)} if indices else {}
-            )
+        if images.get("pixel_values") is not None:
+            images["pixel_values"] = images["pixel_values"][indices] if indices else None
+        if (features := (images.get("mm_encoder_outputs") or {}).get("image")) is not None:
+            features = BaseModelOutputWithPooling(pooler_output=[features.pooler_output[i] for i in indices])
+            images["mm_encoder_outputs"] = {"image": features} if indices else {}
 
     def _expand_inputs_for_generation(
         self,
@@ -503,12 +492,11 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, MiniMindHeadMi
         """Repeats every row `expand_size` times (beams, `num_return_sequences`), each with all of its images."""
         images = {key: model_kwargs.pop(key) for key in ("pixel_values", "mm_encoder_outputs") if key in model_kwargs}
         if expand_size > 1 and images:
-            placeholders = self._placeholders_of_prompt(input_ids, model_kwargs.get("inputs_embeds"))
-            self._follow_rows(images, placeholders, repeat=expand_size)
+            self._follow_rows(images, input_ids, model_kwargs.get("inputs_embeds"), repeat=expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        return input_ids, {**model_kwargs, **images}
+        return input_ids, model_kwargs | images
 
     def prepare_inputs_for_generation(
         self,
@@ -521,14 +509,12 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, MiniMindHeadMi
         inputs = super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
         )
-        if not is_first_iteration:
-            if kwargs.get("use_cache", True):
-                inputs.pop("mm_encoder_outputs", None)  # as the library does since 5.19
-            return inputs
-        placeholders = self._placeholders_of_prompt(input_ids, inputs_embeds)
-        prompt = inputs["input_ids"] if inputs_embeds is None else inputs["inputs_embeds"]
-        if cut := placeholders.shape[1] - prompt.shape[1]:
-            self._follow_rows(inputs, placeholders, cut=cut)
+        if is_first_iteration:
+            key, prompt = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+            if cut := prompt.shape[1] - inputs[key].shape[1]:
+                self._follow_rows(inputs, input_ids, inputs_embeds, cut=cut)
+        elif kwargs.get("use_cache", True):
+            inputs.pop("mm_encoder_outputs", None)  # as the library does since 5.19
         return inputs
 
 
