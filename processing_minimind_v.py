@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageOps
-from transformers import BatchFeature, ImageTextToTextPipeline, Pipeline, ProcessorMixin
+from transformers import AutoImageProcessor, BatchFeature, ImageTextToTextPipeline, Pipeline, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -194,6 +194,12 @@ class MiniMindVProcessor(ProcessorMixin):
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self.auto_map = {"AutoProcessor": "processing_minimind_v.MiniMindVProcessor"}
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> list:
+        # PIL resizes pictures as in the original, whether or not torchvision is installed, which rounds differently.
+        _, tokenizer = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return [AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend="pil", **kwargs), tokenizer]
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
         """Loads all pictures; keeps the nesting, so that samples can be told apart."""
