@@ -12,9 +12,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import strict  # checks the type of every field
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 
-ROUTER_AUX_LOSS_TYPES = ("switch", "sequence", "batch")
-PROJECTOR_TYPES = ("linear", "mlp")
-FEATURE_SELECT_STRATEGIES = ("default", "full")
+
+def check_choice(config: PreTrainedConfig, name: str, choices: tuple[str, ...]) -> None:
+    """Raises a ValueError unless the field has one of these values."""
+    if getattr(config, name) not in choices:
+        raise ValueError(f"{name} must be one of {choices}; got {getattr(config, name)!r}.")
 
 
 @strict
@@ -85,10 +87,7 @@ class MiniMindConfig(Qwen3MoeConfig):
                 f"num_experts_per_tok must be between 1 and num_experts ({self.num_experts}); "
                 f"got {self.num_experts_per_tok}."
             )
-        if self.router_aux_loss_type not in ROUTER_AUX_LOSS_TYPES:
-            raise ValueError(
-                f"router_aux_loss_type must be one of {ROUTER_AUX_LOSS_TYPES}; got {self.router_aux_loss_type!r}."
-            )
+        check_choice(self, "router_aux_loss_type", ("switch", "sequence", "batch"))
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
         """Qwen3-MoE's plan without the modules that this decoder does not have."""
@@ -175,13 +174,8 @@ class MiniMindVConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check_values(self, has_cls_token: bool) -> None:
-        if self.projector_type not in PROJECTOR_TYPES:
-            raise ValueError(f"projector_type must be one of {PROJECTOR_TYPES}; got {self.projector_type!r}.")
-        if self.vision_feature_select_strategy not in FEATURE_SELECT_STRATEGIES:
-            raise ValueError(
-                f"vision_feature_select_strategy must be one of {FEATURE_SELECT_STRATEGIES}; "
-                f"got {self.vision_feature_select_strategy!r}."
-            )
+        check_choice(self, "projector_type", ("linear", "mlp"))
+        check_choice(self, "vision_feature_select_strategy", ("default", "full"))
         if self.image_token_id is None or not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 "image_token_id must be the tokenizer's id of the image placeholder, between 0 and vocab_size - 1 "

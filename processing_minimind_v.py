@@ -5,7 +5,6 @@ it went in as, every sample has exactly as many pictures as placeholders, and no
 """
 
 import base64
-import binascii
 import copy
 import io
 import os
@@ -51,35 +50,31 @@ def load_picture(source: Any, name: str = "image") -> Image.Image:
         name = f"{name} ({text if len(text) <= 200 else text[:60] + '...'})"
         if text.startswith(("http://", "https://")):
             source = _download(text, name)
-        elif text.startswith("data:"):
-            source = _decode_base64(text.partition(",")[2])
-            if source is None:
-                raise ValueError(f"{name} is a data URL whose content is not valid base64.")
-        elif not os.path.isfile(text):
-            source = _decode_base64(text)
-            if source is None:
-                raise FileNotFoundError(f"{name} is no file, no http(s) URL and no base64 picture. Check the path.")
+        elif text.startswith("data:") or not os.path.isfile(text):
+            try:
+                source = base64.b64decode("".join(text.rpartition(",")[2].split()), validate=True)
+            except ValueError:
+                message = f"{name} is no file, no http(s) URL and no base64 picture. Check the path."
+                raise FileNotFoundError(message) from None
     if isinstance(source, bytes):
         source = io.BytesIO(source)
+    is_file = isinstance(source, (str, os.PathLike)) or hasattr(source, "read")
+    if not is_file and not isinstance(source, (Image.Image, np.ndarray, torch.Tensor)):
+        kinds = "a path, URL, base64 string, bytes, PIL image, array or tensor"
+        raise TypeError(f"{name} must be {kinds}; got {type(source).__name__}.")
     try:
-        if isinstance(source, (np.ndarray, torch.Tensor)):
-            return _picture_from_array(source)
-        if isinstance(source, (str, os.PathLike)) or hasattr(source, "read"):
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                source = Image.open(source)
-        if not isinstance(source, Image.Image):
-            raise TypeError(
-                f"{name} must be a path, URL, base64 string, bytes, PIL image, array or tensor; "
-                f"got {type(source).__name__}."
-            )
-        return _to_rgb(ImageOps.exif_transpose(source))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if isinstance(source, (np.ndarray, torch.Tensor)):
+                return _picture_from_array(source)
+            return _to_rgb(ImageOps.exif_transpose(Image.open(source) if is_file else source))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(
             f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels and was not decoded. Shrink it, or raise "
             "PIL.Image.MAX_IMAGE_PIXELS if you trust it."
         ) from None
-    except (OSError, SyntaxError, EOFError, ValueError) as error:
+    except Exception as error:  # decoders trip over hostile files in many ways
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
 
 
@@ -95,17 +90,10 @@ def _download(url: str, name: str) -> bytes:
     return content
 
 
-def _decode_base64(text: str) -> bytes | None:
-    try:
-        return base64.b64decode("".join(text.split()), validate=True) or None
-    except (binascii.Error, ValueError):
-        return None
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16-bit and float images: PIL's own conversion clips them
         return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
@@ -113,31 +101,30 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _picture_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
     channels_first = isinstance(array, torch.Tensor)
-    array = _to_uint8(array.detach().cpu().float().numpy() if isinstance(array, torch.Tensor) else array)
+    if channels_first:
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
     if array.ndim == 3:
-        first, last = (array.shape[i] in (1, 3, 4) for i in (0, 2))
+        first, last = (array.shape[axis] in (1, 3, 4) for axis in (0, 2))
         if first and (channels_first or not last):
             array = array.transpose(1, 2, 0)
         if array.shape[2] == 1:
             array = array[:, :, 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or not array.size:
         raise ValueError(f"an array must be [H, W], [H, W, C] or [C, H, W] with C = 1, 3 or 4; got {array.shape}")
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)))
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(array))))
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.uint8 or not array.size:
+    if array.dtype == np.uint8:
         return array
     low, peak = float(array.min()), float(array.max())
     if not (np.isfinite(low) and np.isfinite(peak)) or low < 0:
         raise ValueError(f"pixel values must lie in [0, 1], [0, 255] or [0, 65535]; got {low} to {peak}")
+    white = 65535 if array.dtype.type is np.uint16 or peak > 255 else 255
     if array.dtype == bool or (peak <= 1 and np.issubdtype(array.dtype, np.floating)):
-        scale = 255.0
-    elif array.dtype == np.uint16 or peak > 255:
-        scale = 255.0 / max(65535.0, peak)
-    else:
-        scale = 1.0
-    return np.rint(array.astype(np.float64) * scale).astype(np.uint8)
+        white = 1
+    return np.rint(array.astype(np.float64) * (255 / max(white, peak))).astype(np.uint8)
 
 
 # --- Processor -------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_all_sources_give_the_same_pixels(processor, tmp_path):
         sources = [str(path), path, url, text, "data:image/png;base64," + text, png(image), io.BytesIO(png(image))]
         sources += [image, array, array.transpose(2, 0, 1), torch.tensor(array), torch.tensor(array).permute(2, 0, 1)]
         sources += [array / 255.0, torch.tensor(array / 255.0).permute(2, 0, 1), array.astype(np.float32)]
-        sources += [array.astype(np.uint16) * 257, array.astype(np.int64)]
+        sources += [array.astype(np.uint16) * 257, array.astype(np.int64), torch.tensor(array).to(torch.int16)]
         expected = pixels(processor, image)
         assert expected.shape == (1, 3, 32, 32)
         for source in sources:
@@ -100,6 +100,9 @@ def test_unusual_modes_are_shown_right(tmp_path):
     float_image = Image.fromarray(np.asarray(grey).astype(np.float32) / 255)
     assert float_image.mode == "F"
     assert np.array_equal(np.asarray(load_picture(float_image)), np.asarray(grey.convert("RGB")))
+    almost_black = np.ones((3, 4, 6), np.uint8)  # 1 of 255, not 100 %
+    for source in (almost_black, torch.tensor(almost_black)):
+        assert np.asarray(load_picture(source)).max() == 1
     for mode in ("P", "CMYK", "YCbCr", "L", "1", "HSV"):
         converted = picture(1).convert(mode)
         assert np.array_equal(np.asarray(load_picture(converted)), np.asarray(converted.convert("RGB"))), mode
@@ -143,7 +146,8 @@ def test_long_pictures_keep_what_the_crop_shows(make_processor):
         (b"", ValueError, "image 0 cannot be read as a picture"),
         (b"not a picture", ValueError, "image 0 cannot be read as a picture"),
         (png(picture())[:-400], ValueError, "image 0 cannot be read as a picture: .*truncated"),
-        ("data:image/png;base64,!!", ValueError, "image 0 .* not valid base64"),
+        ("data:image/png;base64,!!", FileNotFoundError, "image 0 .*no base64 picture"),
+        ("data:image/png;base64,AAAA", ValueError, "image 0 .* cannot be read as a picture"),
         (3, TypeError, "image 0 must be a path.* got int"),
         (np.full((4, 4, 3), -1.0), ValueError, r"image 0 .*must lie in \[0, 1\]"),
         (np.full((4, 4, 3), np.nan), ValueError, "image 0 .*must lie in"),
