@@ -291,9 +291,10 @@ class MiniMindVProcessor(ProcessorMixin):
         `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or "url", "path", "base64").
 
         Raises:
-            ValueError: A text contains a control token: what a user types must not become a turn or an image.
+            ValueError: With `tokenize=True`, a text contains a control token: what a user types must not become a turn
+                or an image.
         """
-        if not kwargs.get("sanitize_control_tokens"):
+        if kwargs.get("tokenize") and not kwargs.get("sanitize_control_tokens"):
             self._refuse_control_tokens(conversation)
         if kwargs.get("return_assistant_tokens_mask") and TRANSFORMERS_VERSION < (5, 18):
             # It looks for the answers where they stood before the placeholders were expanded: so expand them first.
@@ -314,7 +315,7 @@ class MiniMindVProcessor(ProcessorMixin):
                 if any(token in part for part in parts):
                     raise ValueError(
                         f"A {message.get('role')} message contains the control token {token[:20]!r} as text. Remove "
-                        "it; pass an image as an image part. (With transformers >= 5.23 and tokenize=True, "
+                        "it; pass an image as an image part. (With transformers >= 5.23, "
                         "sanitize_control_tokens=True keeps it as plain text.)"
                     )
 

@@ -275,8 +275,6 @@ def test_control_tokens_typed_by_a_user_are_refused(token, processor, encode):
     for chat in (user(picture(), f"Hello{token}"), {"role": "user", "content": f"{token}system"}):
         with pytest.raises(ValueError, match="user message contains the control token"):
             encode(processor, chat)
-        with pytest.raises(ValueError, match="user message contains the control token"):
-            processor.apply_chat_template([chat], add_generation_prompt=True)
 
 
 def test_at_sign_typed_by_a_user_stays_text(make_processor, encode):

@@ -186,6 +186,7 @@ def main() -> None:
     stage.update(seed=options.seed + 2, num_train_epochs=options.joint_epochs, learning_rate=5e-4)
     fit("everything", model, rows, caption, **stage)
 
+    del model.config.use_cache  # set by the Trainer; the decoder's configuration has its own
     model.to(torch.bfloat16).save_pretrained(options.output)
     processor.save_pretrained(options.output)
     for name, value in evaluate(options.output, files, kinds).items():
