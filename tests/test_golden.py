@@ -1,4 +1,4 @@
-"""The recorded numbers of the original code: logits, features, losses, gradients and greedy continuations."""
+"""The recorded numbers of the original code, through the converter: logits, losses, gradients, greedy ids."""
 
 import pytest
 import torch
@@ -38,8 +38,8 @@ def compare_logits(logits, mask, cols, expected, prefix):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", CASES + YARN)
-def test_logits(case, attention):
-    model, hparams = load_case(case)
+def test_logits(case, attention, tmp_path):
+    model, hparams = load_case(case, tmp_path)
     model.set_attn_implementation(attention)
     expected = load_file(GOLDEN / case / "expected.safetensors")
     compared = 0
@@ -60,12 +60,12 @@ def test_logits(case, attention):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.endswith("_moe")])
-def test_variants_of_the_router(case):
+def test_variants_of_the_router(case, tmp_path):
     variants = read_json(f"{case}/hparams.json")["variants"]
     expected = load_file(GOLDEN / case / "expected.safetensors")
     assert variants
     for name, variant in variants.items():
-        model, hparams = load_case(case, **variant["changed"])
+        model, hparams = load_case(case, tmp_path, **variant["changed"])
         inputs, cols, _ = recorded_inputs(case, variant["inputs"], hparams)
         with torch.no_grad():
             logits = model(**inputs).logits
@@ -73,8 +73,8 @@ def test_variants_of_the_router(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_greedy_continuation(case):
-    model, hparams = load_case(case)
+def test_greedy_continuation(case, tmp_path):
+    model, hparams = load_case(case, tmp_path)
     expected = read_json(f"{case}/greedy.json")
     ids = next(value for value in expected.values() if isinstance(value, list))
     inputs, _, _ = recorded_inputs(case, "one_image", hparams)
@@ -83,8 +83,8 @@ def test_greedy_continuation(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_gradients(case):
-    model, hparams = load_case(case)
+def test_losses_and_gradients(case, tmp_path):
+    model, hparams = load_case(case, tmp_path)
     recorded = read_json(f"{case}/training.json")
     inputs, _, labels = recorded_inputs(case, "batch2", hparams)
     del inputs["attention_mask"]  # the recorded run had none
@@ -112,8 +112,8 @@ def test_losses_and_gradients(case):
 
 
 @pytest.mark.parametrize("case", ["g1_moe", "g2_moe"])
-def test_router_loss_over_the_batch(case):
-    model, hparams = load_case(case, seq_aux=False)
+def test_router_loss_over_the_batch(case, tmp_path):
+    model, hparams = load_case(case, tmp_path, seq_aux=False)
     inputs, _, labels = recorded_inputs(case, "batch2", hparams)
     del inputs["attention_mask"]
     expected = read_json(f"{case}/training.json")["seq_aux_false.float32_buffer"]["aux_loss"]

@@ -4,9 +4,9 @@
 
 Three stages, all run by the library's `Trainer`:
 1. the vision tower learns to classify the pictures (with a linear head on its mean feature, thrown away afterwards).
-   Without this stage the decoder learns the names but stays blind to the picture for very long;
+   Without this stage the decoder learns the names first and stays blind to the picture for long;
 2. projector and decoder learn to answer, the tower is frozen;
-3. everything learns together for a short while, with a small learning rate.
+3. everything learns together for a short while, with a smaller learning rate.
 """
 
 import argparse
