@@ -17,7 +17,8 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageOps
-from transformers import AutoImageProcessor, BatchFeature, ImageTextToTextPipeline, Pipeline, ProcessorMixin
+from transformers import BatchFeature, ImageTextToTextPipeline, Pipeline, ProcessorMixin
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.16's top level wants torchvision
 from transformers.processing_utils import MultiModalData
 
 TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     CLIPImageProcessorPil,
     CLIPVisionModel,
     GenerationConfig,
@@ -23,6 +22,7 @@ from transformers import (
     SiglipImageProcessorPil,
     SiglipVisionModel,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..configuration_minimind_v import MiniMindVConfig
 from ..modeling_minimind_v import (

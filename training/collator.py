@@ -1,0 +1,87 @@
+"""Rows of chats -> a padded batch with labels on the assistant's turns."""
+
+import logging
+from typing import Any, Literal
+
+import torch
+
+from ..processing_minimind_v import MiniMindVProcessor
+
+logger = logging.getLogger(__name__)
+
+
+class MiniMindVDataCollator:
+    """Makes batches for `Trainer` from items of [`MiniMindVDataset`] (or any `{"messages": [...]}`).
+
+    Labels are the tokens that the chat template's generation blocks mark: the assistant's answers with their end.
+    Prompt, image and padding tokens carry none. Rows are padded on the right, to the longest of the batch.
+
+    Args:
+        processor: Processor of the model.
+        max_length: Rows with more tokens are left out whole, never cut, and counted in `dropped`.
+        on_broken: What happens to rows with unreadable pictures or wrong counts: `"error"`, or `"skip"` (left out,
+            reported in the log and in `dropped`).
+
+    Returns (when called):
+        `input_ids`, `attention_mask` and `labels`, int64 `[B, T]`, and, if there are pictures, `pixel_values`
+        `[N, 3, height, width]`.
+
+    Raises:
+        ValueError: A broken row with `on_broken="error"`, or no row of the batch could be used.
+    """
+
+    def __init__(
+        self,
+        processor: MiniMindVProcessor,
+        max_length: int | None = None,
+        on_broken: Literal["error", "skip"] = "error",
+    ) -> None:
+        self.processor = processor
+        self.max_length = max_length or processor.tokenizer.model_max_length
+        self.on_broken = on_broken
+        self.dropped: dict[Any, str] = {}
+
+    def encode(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        """One chat: lists `input_ids` and `labels`, and `pixel_values` if it has pictures."""
+        encoded = self.processor.apply_chat_template(
+            [messages], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, mask = list(encoded["input_ids"][0]), list(encoded["assistant_masks"][0])
+        row = {"input_ids": ids, "labels": [token if keep else -100 for token, keep in zip(ids, mask, strict=True)]}
+        if "pixel_values" in encoded:
+            row["pixel_values"] = torch.stack([torch.as_tensor(image) for image in encoded["pixel_values"]])
+        return row
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        rows = []
+        for item in items:
+            number, reason = item.get("row"), None
+            try:
+                row = self.encode(item["messages"])
+                if len(row["input_ids"]) > self.max_length:
+                    reason = f"{len(row['input_ids'])} tokens are more than max_length ({self.max_length})"
+            except (OSError, ValueError, TypeError) as error:
+                reason = str(error)
+                if self.on_broken == "error" and "positions. Shorten" not in reason:
+                    raise ValueError(f"Row {number}: {reason}") from error
+            if reason is None:
+                rows.append(row)
+            elif number is None or number not in self.dropped:
+                self.dropped[number] = reason
+                logger.warning("Row %s is left out: %s", number, reason)
+        if not rows:
+            raise ValueError(
+                f"No row of this batch can be used: {list(self.dropped.items())[-len(items) :]}. Remove such rows "
+                "(`python -m minimind_v.training check` lists them) or raise max_length."
+            )
+        length, pad = max(len(row["input_ids"]) for row in rows), self.processor.tokenizer.pad_token_id
+        batch = {
+            "input_ids": torch.tensor([row["input_ids"] + [pad] * (length - len(row["input_ids"])) for row in rows]),
+            "attention_mask": torch.tensor(
+                [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows]
+            ),
+            "labels": torch.tensor([row["labels"] + [-100] * (length - len(row["labels"])) for row in rows]),
+        }
+        if pixels := [row["pixel_values"] for row in rows if "pixel_values" in row]:
+            batch["pixel_values"] = torch.cat(pixels)
+        return batch
