@@ -4,6 +4,7 @@ import signal
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 import transformers
 from transformers import (
     AutoModelForImageTextToText,
@@ -47,11 +48,13 @@ class TrainArguments(TrainingArguments):
     output_dir: str = field(default="minimind-v-output", metadata={"help": "Folder for checkpoints and the result."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows per step and device."})
     lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "The original's: cosine to 10 %."})
-    lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: the collator needs the chat."}
     )
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "tensorboard, trackio, wandb ..."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Default: where there is a GPU."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
 
