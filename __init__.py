@@ -21,7 +21,7 @@ from .modeling_minimind_v import (
     MiniMindVForConditionalGeneration,
     MiniMindVModel,
 )
-from .processing_minimind_v import MiniMindVImageToTextPipeline, MiniMindVProcessor
+from .processing_minimind_v import TRANSFORMERS_VERSION, MiniMindVImageToTextPipeline, MiniMindVProcessor
 
 __version__ = "0.1.0"
 
@@ -43,7 +43,7 @@ pipelines.PIPELINE_REGISTRY.register_pipeline(
 )
 
 # Since 5.19 the library sends the name "image-to-text" to another pipeline before it looks into its registry.
-if hasattr(pipelines, "_resolve_deprecated_task"):
+if TRANSFORMERS_VERSION >= (5, 19):
     _resolve_deprecated_task = pipelines._resolve_deprecated_task
     pipelines._resolve_deprecated_task = lambda task: (
         task if task == "image-to-text" else _resolve_deprecated_task(task)

@@ -42,6 +42,7 @@ class MiniMindConfig(Qwen3MoeConfig):
 
     model_type = "minimind"
     base_config_key = "text_config"
+    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss"]
     default_theta = 1_000_000.0
     base_model_ep_plan = None
 
@@ -142,6 +143,7 @@ class MiniMindVConfig(PreTrainedConfig):
 
     model_type = "minimind_v"
     sub_configs = {"text_config": MiniMindConfig, "vision_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss", "image_hidden_states"]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -163,6 +165,9 @@ class MiniMindVConfig(PreTrainedConfig):
             self.vision_config = CONFIG_MAPPING[vision_config["model_type"]](**vision_config)
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        self.text_config.tie_word_embeddings = self.tie_word_embeddings
+        if self.vision_config.model_type in ("clip", "siglip"):  # never the text half
+            self.vision_config = self.vision_config.vision_config
         has_cls_token = self.vision_config.model_type == "clip_vision_model"
         if self.vision_feature_select_strategy is None:
             self.vision_feature_select_strategy = "default" if has_cls_token else "full"
@@ -175,7 +180,7 @@ class MiniMindVConfig(PreTrainedConfig):
 
     def _check_values(self, has_cls_token: bool) -> None:
         check_choice(self, "projector_type", ("linear", "mlp"))
-        check_choice(self, "vision_feature_select_strategy", ("default", "full"))
+        check_choice(self, "vision_feature_select_strategy", ("default", "full") if has_cls_token else ("full",))
         if self.image_token_id is None or not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 "image_token_id must be the tokenizer's id of the image placeholder, between 0 and vocab_size - 1 "

@@ -149,62 +149,15 @@ class MiniMindVCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 class MiniMindHeadMixin:
     """What the text-only and the vision-language model do after their backbone: logits, cross entropy, router loss."""
 
-    def run_with_head(
-        self,
-        labels: torch.LongTensor | None,
-        logits_to_keep: int | torch.Tensor,
-        output_router_logits: bool | None,
-        **inputs: Any,
-    ) -> MiniMindVCausalLMOutputWithPast:
-        config = self.config.get_text_config()
-        prompt = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
-        if prompt is not None and prompt.shape[1] > config.max_position_embeddings:
-            raise ValueError(
-                f"The prompt has {prompt.shape[1]} tokens, but the model has only {config.max_position_embeddings} "
-                "positions (max_position_embeddings). Shorten the text or pass fewer images."
-            )
-        if output_router_logits is None:
-            output_router_logits = config.output_router_logits or (self.training and labels is not None)
-        output_router_logits = output_router_logits and config.use_moe
-
-        outputs = self.model(output_router_logits=output_router_logits, **inputs)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-
-        loss = aux_loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, config.vocab_size, **inputs)
-        if output_router_logits:
-            aux_loss = router_auxiliary_loss(outputs.router_logits, config, batch_size=prompt.shape[0])
-            if loss is not None:
-                weight = config.router_aux_loss_coef
-                if (num_items := inputs.get("num_items_in_batch")) is not None:
-                    # The losses of the batches of one accumulated step are added up, so each brings its share only.
-                    weight = weight * (labels[:, 1:] != -100).sum() / num_items
-                loss = loss + weight * aux_loss.to(loss.device)
-        return MiniMindVCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            image_hidden_states=outputs.get("image_hidden_states"),  # not a field of the text-only backbone
-        )
-
-
-class MiniMindForCausalLM(MiniMindPreTrainedModel, MiniMindHeadMixin, GenerationMixin):
-    """The decoder with its language modeling head: text only."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
-    def __init__(self, config: MiniMindConfig) -> None:
-        super().__init__(config)
-        self.model = MiniMindModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    def check_prompt_length(self, length: int) -> None:
+        positions = self.config.get_text_config().max_position_embeddings
+        if length > positions:
+            raise ValueError(
+                f"The prompt has {length} tokens, but the model has only {positions} positions "
+                "(max_position_embeddings). Shorten the text or pass fewer images."
+            )
 
     @can_return_tuple
     def forward(
@@ -228,21 +181,81 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, MiniMindHeadMixin, Generation
         Raises:
             ValueError: The prompt is longer than `max_position_embeddings`.
         """
-        return self.run_with_head(
-            labels,
-            logits_to_keep,
-            output_router_logits,
+        config = self.config.get_text_config()
+        prompt = input_ids if inputs_embeds is None else inputs_embeds
+        if prompt is not None and position_ids is None:  # rows packed into one bring their own positions
+            self.check_prompt_length(prompt.shape[1])
+        if output_router_logits is None:
+            output_router_logits = config.output_router_logits or (self.training and labels is not None)
+        output_router_logits = output_router_logits and config.use_moe
+
+        outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_router_logits=output_router_logits,
             **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, config.vocab_size, **kwargs)
+        if output_router_logits:
+            aux_loss = router_auxiliary_loss(outputs.router_logits, config, batch_size=prompt.shape[0])
+            if loss is not None:
+                weight = config.router_aux_loss_coef
+                if (num_items := kwargs.get("num_items_in_batch")) is not None:
+                    # The losses of the batches of one accumulated step are added up, so each brings its share only.
+                    weight = weight * (labels[:, 1:] != -100).sum() / num_items
+                loss = loss + weight * aux_loss.to(loss.device)
+        return MiniMindVCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            image_hidden_states=outputs.get("image_hidden_states"),  # not a field of the text-only backbone
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        is_first_iteration: bool | None = False,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of one step of `generate()`, which brings positions of its own: so the prompt is checked here."""
+        if is_first_iteration:
+            self.check_prompt_length((input_ids if inputs_embeds is None else inputs_embeds).shape[1])
+        return super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
         )
 
 
+class MiniMindForCausalLM(MiniMindHeadMixin, MiniMindPreTrainedModel, GenerationMixin):
+    """The decoder with its language modeling head: text only."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MiniMindConfig) -> None:
+        super().__init__(config)
+        self.model = MiniMindModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
 # --- Vision and language ---------------------------------------------------------------------------------------------
+
+
+def mismatch_message(tokens: int | torch.Tensor, features: int) -> str:
+    return f"Image features and image tokens do not match, tokens: {tokens}, features: {features}"
 
 
 class MiniMindVMultiModalProjector(nn.Sequential):
@@ -297,7 +310,10 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         Returns:
             The tower's output; its `pooler_output` is a list with one projected tensor `[S, H]` per image.
         """
-        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        # A frozen tower needs no graph, even where something (PEFT) made its input require gradients.
+        trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (trains or pixel_values.requires_grad)):
+            outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
         # MiniMind2 takes CLIP's features before post_layernorm, MiniMind-3 SigLIP's after it: for both, this field.
         features = outputs.last_hidden_state
         if self.config.vision_feature_select_strategy == "default":
@@ -314,34 +330,37 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
 
+    def find_whole_images(self, is_placeholder: torch.BoolTensor) -> torch.BoolTensor:
+        """Of the placeholders `[B, T]`, those that fill whole images, from the start of each unbroken run.
+
+        MiniMind2's placeholder is the character `@`, which also occurs in text; a few of those are not an image.
+        """
+        length = self.config.image_seq_length
+        positions = torch.arange(is_placeholder.shape[1], device=is_placeholder.device).expand_as(is_placeholder)
+        before = torch.where(is_placeholder, -1, positions).cummax(dim=1).values
+        after = torch.where(is_placeholder, positions.shape[1], positions).flip(1).cummin(dim=1).values.flip(1)
+        return is_placeholder & (positions - before <= (after - before - 1) // length * length)
+
     def get_placeholder_mask(
         self,
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.FloatTensor,
         image_features: torch.FloatTensor,
     ) -> torch.BoolTensor:
-        """Places `[B, T, 1]` that the image features `[N * S, H]` take, without a host synchronisation.
+        """Places `[B, T, 1]` that the image features `[N * S, H]` take.
 
-        Normally all placeholder tokens. MiniMind2's is the character `@`, which also occurs in text: where the number
-        does not fit, only what fills whole images counts, from the start of each unbroken run.
+        All placeholders where their number fits (so that a part of a prompt may end inside an image), else those that
+        fill whole images.
 
         Raises:
             ValueError: The places are not as many as the features.
         """
         is_placeholder = self.find_placeholders(input_ids, inputs_embeds)
-        positions = torch.arange(is_placeholder.shape[1], device=is_placeholder.device).expand_as(is_placeholder)
-        before = torch.where(is_placeholder, -1, positions).cummax(dim=1).values
-        after = torch.where(is_placeholder, positions.shape[1], positions).flip(1).cummin(dim=1).values.flip(1)
-        length = self.config.image_seq_length
-        whole_images = is_placeholder & (positions - before <= (after - before - 1) // length * length)
         fits = is_placeholder.sum() == image_features.shape[0]
-        mask = torch.where(fits, is_placeholder, whole_images)
+        mask = torch.where(fits, is_placeholder, self.find_whole_images(is_placeholder))
         torch_compilable_check(
             mask.sum() == image_features.shape[0],
-            lambda: (
-                f"Image features and image tokens do not match, tokens: {is_placeholder.sum()}, "
-                f"features: {image_features.shape[0]}"
-            ),
+            lambda: mismatch_message(is_placeholder.sum(), image_features.shape[0]),
         )
         return mask.unsqueeze(-1)
 
@@ -383,6 +402,10 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
             image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+        if self.training:
+            # DistributedDataParallel waits for a gradient of every parameter, also of those this batch leaves out.
+            vision = (*self.vision_tower.parameters(), *self.multi_modal_projector.parameters())
+            inputs_embeds = inputs_embeds + sum(0 * parameter.sum() for parameter in vision if parameter.requires_grad)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -395,11 +418,10 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         return MiniMindVModelOutputWithPast(**outputs, image_hidden_states=image_features)
 
 
-class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, MiniMindHeadMixin, GenerationMixin):
+class MiniMindVForConditionalGeneration(MiniMindHeadMixin, MiniMindVPreTrainedModel, GenerationMixin):
     """MiniMind-V: text and images in, text out."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MiniMindVConfig) -> None:
         super().__init__(config)
@@ -413,7 +435,6 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, MiniMindHeadMi
         """See [`MiniMindVModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -423,18 +444,11 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, MiniMindHeadMi
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MiniMindVCausalLMOutputWithPast:
-        """Logits `[B, T, vocab_size]` and, with `labels` `[B, T]` (-100: no loss), the loss.
-
-        Inputs as in [`MiniMindVModel.forward`], losses as in [`MiniMindForCausalLM.forward`].
-
-        Raises:
-            ValueError: Images and placeholder tokens do not match, or the prompt is longer than the model's positions.
+        """As [`MiniMindHeadMixin.forward`], with the images of [`MiniMindVModel.forward`].
 
         Example:
             >>> chat = [{"role": "user", "content": [{"type": "image", "image": "cat.jpg"}]}]
@@ -442,17 +456,15 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, MiniMindHeadMi
             >>> inputs = processor.apply_chat_template(chat, return_tensors="pt", **options)
             >>> logits = model(**inputs).logits
         """
-        return self.run_with_head(
-            labels,
-            logits_to_keep,
-            output_router_logits,
+        return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
@@ -471,14 +483,20 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, MiniMindHeadMi
         """Picks from `images` those of the rows without their first `cut` tokens, each row `repeat` times."""
         # generate() makes empty ids where it was given embeddings
         is_placeholder = self.model.find_placeholders(input_ids if inputs_embeds is None else None, inputs_embeds)
+        is_placeholder = self.model.find_whole_images(is_placeholder)
         counts = torch.stack([is_placeholder.sum(dim=1), is_placeholder[:, cut:].sum(dim=1)], dim=1)
         indices, end = [], 0
         for count, left in (counts // self.config.image_seq_length).tolist():
             end += count
             indices += [*range(end - left, end)] * repeat
-        if images.get("pixel_values") is not None:
-            images["pixel_values"] = images["pixel_values"][indices] if indices else None
-        if (features := (images.get("mm_encoder_outputs") or {}).get("image")) is not None:
+        pixel_values, features = images.get("pixel_values"), (images.get("mm_encoder_outputs") or {}).get("image")
+        for given in (pixel_values, features and features.pooler_output):
+            if given is not None and len(given) != end:
+                length = self.config.image_seq_length
+                raise ValueError(mismatch_message(end * length, len(given) * length))
+        if pixel_values is not None:
+            images["pixel_values"] = pixel_values[indices] if indices else None
+        if features is not None:
             features = BaseModelOutputWithPooling(pooler_output=[features.pooler_output[i] for i in indices])
             images["mm_encoder_outputs"] = {"image": features} if indices else {}
 

@@ -4,128 +4,25 @@ The processor is strict where the stock path is silently wrong: every picture co
 it went in as, every sample has exactly as many pictures as placeholders, and no placeholder run is ever cut.
 """
 
-import base64
 import copy
-import io
 import os
-import urllib.request
-import warnings
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import BatchFeature, ImageTextToTextPipeline, Pipeline, ProcessorMixin
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.16's top level wants torchvision
 from transformers.processing_utils import MultiModalData
 
+from .image_loading_minimind_v import load_picture
+
 TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-URL_TIMEOUT = 20  # seconds
-MAX_DOWNLOAD_BYTES = 64 * 2**20
 # A centre crop to a square sees nothing beyond this ratio of sides, with a margin for the resampling filter.
 MAX_ASPECT_RATIO = 4
 DEFAULT_PROMPT = "Describe this image."
-
-
-# --- Pictures --------------------------------------------------------------------------------------------------------
-
-
-def load_picture(source: Any, name: str = "image") -> Image.Image:
-    """Anything that shows a picture, as upright 8-bit RGB on white.
-
-    Args:
-        source: Path, http(s) URL, base64 or data-URL string, bytes, binary file, PIL image, or an array or tensor
-            `[H, W]`, `[H, W, C]` or `[C, H, W]` with C = 1, 3 or 4: integers of 8 or 16 bits, or floats in [0, 1] or
-            [0, 255].
-        name: What error messages call it, such as "image 2 of sample 1".
-
-    Raises:
-        ValueError: Not a picture, broken, or with more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
-        FileNotFoundError: A string that is no file, no URL and no base64.
-        TypeError: Any other kind of object.
-    """
-    if isinstance(source, (str, os.PathLike)):
-        text = os.fspath(source)
-        name = f"{name} ({text if len(text) <= 200 else text[:60] + '...'})"
-        if text.startswith(("http://", "https://")):
-            source = _download(text, name)
-        elif text.startswith("data:") or not os.path.isfile(text):
-            try:
-                source = base64.b64decode("".join(text.rpartition(",")[2].split()), validate=True)
-            except ValueError:
-                message = f"{name} is no file, no http(s) URL and no base64 picture. Check the path."
-                raise FileNotFoundError(message) from None
-    if isinstance(source, bytes):
-        source = io.BytesIO(source)
-    is_file = isinstance(source, (str, os.PathLike)) or hasattr(source, "read")
-    if not is_file and not isinstance(source, (Image.Image, np.ndarray, torch.Tensor)):
-        kinds = "a path, URL, base64 string, bytes, PIL image, array or tensor"
-        raise TypeError(f"{name} must be {kinds}; got {type(source).__name__}.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(source, (np.ndarray, torch.Tensor)):
-                return _picture_from_array(source)
-            return _to_rgb(ImageOps.exif_transpose(Image.open(source) if is_file else source))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ValueError(
-            f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels and was not decoded. Shrink it, or raise "
-            "PIL.Image.MAX_IMAGE_PIXELS if you trust it."
-        ) from None
-    except Exception as error:  # decoders trip over hostile files in many ways
-        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
-
-
-def _download(url: str, name: str) -> bytes:
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": "minimind-v"})
-        with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response:
-            content = response.read(MAX_DOWNLOAD_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} cannot be downloaded: {error}") from error
-    if len(content) > MAX_DOWNLOAD_BYTES:
-        raise ValueError(f"{name} is larger than {MAX_DOWNLOAD_BYTES} bytes and was not downloaded.")
-    return content
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16-bit and float images: PIL's own conversion clips them
-        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _picture_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
-    channels_first = isinstance(array, torch.Tensor)
-    if channels_first:
-        array = array.detach().cpu()
-        array = (array.float() if array.is_floating_point() else array).numpy()
-    if array.ndim == 3:
-        first, last = (array.shape[axis] in (1, 3, 4) for axis in (0, 2))
-        if first and (channels_first or not last):
-            array = array.transpose(1, 2, 0)
-        if array.shape[2] == 1:
-            array = array[:, :, 0]
-    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or not array.size:
-        raise ValueError(f"an array must be [H, W], [H, W, C] or [C, H, W] with C = 1, 3 or 4; got {array.shape}")
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(array))))
-
-
-def _to_uint8(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.uint8:
-        return array
-    low, peak = float(array.min()), float(array.max())
-    if not (np.isfinite(low) and np.isfinite(peak)) or low < 0:
-        raise ValueError(f"pixel values must lie in [0, 1], [0, 255] or [0, 65535]; got {low} to {peak}")
-    white = 65535 if array.dtype.type is np.uint16 or peak > 255 else 255
-    if array.dtype == bool or (peak <= 1 and np.issubdtype(array.dtype, np.floating)):
-        white = 1
-    return np.rint(array.astype(np.float64) * (255 / max(white, peak))).astype(np.uint8)
 
 
 # --- Processor -------------------------------------------------------------------------------------------------------
@@ -187,36 +84,43 @@ class MiniMindVProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> list:
         # PIL resizes pictures as in the original, whether or not torchvision is installed, which rounds differently.
         _, tokenizer = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        return [AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend="pil", **kwargs), tokenizer]
+        kwargs = {"backend": "pil"} | kwargs
+        return [AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs), tokenizer]
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
         """Loads all pictures; keeps the nesting, so that samples can be told apart."""
         _, text, videos, audio = super().prepare_inputs_layout(text=text, **kwargs)
-        if text is not None:  # a prompt may be expanded already
-            expanded, token = self.image_placeholder, self.image_token
-            text = [sample.replace(expanded, token) if isinstance(sample, str) else sample for sample in text]
         if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
             images = list(images)
         if images is not None and not isinstance(images, (list, tuple)):
             images = [images]
-        if images is None or not len(images):
-            return None, text, videos, audio
-        if isinstance(images[0], (list, tuple)):
+        nested = [isinstance(item, (list, tuple)) for item in images or []]
+        if any(nested) and not all(nested):
+            raise ValueError("images must be a list of images or a list of lists of images, not both in one list.")
+        crops = kwargs.get("do_center_crop", getattr(self.image_processor, "do_center_crop", False))
+        if all(nested):
             images = [
-                [self._load(picture, f"image {i} of sample {sample}") for i, picture in enumerate(pictures)]
-                for sample, pictures in enumerate(images)
+                [self._load(image, f"image {i} of sample {sample}", crops) for i, image in enumerate(group)]
+                for sample, group in enumerate(images or [])
             ]
+            counts = [len(group) for group in images]
         else:
-            images = [self._load(picture, f"image {i}") for i, picture in enumerate(images)]
-        return images, text, videos, audio
+            images = [self._load(image, f"image {i}", crops) for i, image in enumerate(images)]
+            counts = [len(images)]
+        if isinstance(text, list) and all(isinstance(sample, str) for sample in text):
+            placeholders = [sample.count(self.image_token) for sample in text]
+            placeholders = placeholders if all(nested) else [sum(placeholders)]
+            if placeholders != counts:  # then the prompts may be expanded already
+                text = [sample.replace(self.image_placeholder, self.image_token) for sample in text]
+        return images or None, text, videos, audio
 
-    def _load(self, source: Any, name: str) -> Image.Image:
+    @staticmethod
+    def _load(source: Any, name: str, crops: bool) -> Image.Image:
         picture = load_picture(source, name)
         width, height = picture.size
-        short = min(width, height)
-        if getattr(self.image_processor, "do_center_crop", False) and max(width, height) > MAX_ASPECT_RATIO * short:
+        side = MAX_ASPECT_RATIO * min(width, height)
+        if crops and max(width, height) > side:
             # Resizing the short side of a very long picture would take gigabytes for what the crop throws away.
-            side = MAX_ASPECT_RATIO * short
             left, top = max(0, (width - side) // 2), max(0, (height - side) // 2)
             picture = picture.crop((left, top, left + min(width, side), top + min(height, side)))
         return picture
@@ -225,7 +129,7 @@ class MiniMindVProcessor(ProcessorMixin):
         """Every sample must have as many pictures as placeholders."""
         if isinstance(text, list) and all(isinstance(sample, str) for sample in text):
             expected = [sample.count(self.image_token) for sample in text]
-            received = [len(sample) for sample in images] if images and isinstance(images[0], list) else None
+            received = [len(group) for group in images] if images and isinstance(images[0], list) else None
             if received is None:  # a flat list, in reading order: only the total can be compared
                 expected, received = [sum(expected)], [len(images or [])]
             rule = "The number of image tokens in the prompts should be the same as the number of images, but"
@@ -244,6 +148,10 @@ class MiniMindVProcessor(ProcessorMixin):
         super().validate_inputs(images=images or None, text=text, **kwargs)
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict, list[str]]:
+        if not kwargs.get("do_rescale", True):
+            raise ValueError(
+                "do_rescale=False is not possible: images of any kind are loaded with 8 bits per channel."
+            )
         flat = [picture for sample in images for picture in (sample if isinstance(sample, list) else [sample])]
         return super()._process_images(flat, **kwargs) if flat else ({}, [])
 
@@ -296,22 +204,29 @@ class MiniMindVProcessor(ProcessorMixin):
                 or an image.
         """
         if kwargs.get("tokenize") and not kwargs.get("sanitize_control_tokens"):
-            self._refuse_control_tokens(conversation)
+            self._check_chat(conversation)
         if kwargs.get("return_assistant_tokens_mask") and TRANSFORMERS_VERSION < (5, 18):
             # It looks for the answers where they stood before the placeholders were expanded: so expand them first.
             template = kwargs.get("chat_template") or self.chat_template
             kwargs["chat_template"] = template.replace(self.image_token, self.image_placeholder)
         return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def _refuse_control_tokens(self, conversation: Any) -> None:
+    def _check_chat(self, conversation: Any) -> None:
         control_tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         control_tokens.add(self.image_token)
         for message in conversation:
             if isinstance(message, (list, tuple)):
-                self._refuse_control_tokens(message)
+                self._check_chat(message)
                 continue
             content = message.get("content") or ""
-            parts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            for part in parts:
+                if part.get("type") not in ("text", "image", "image_url"):
+                    kind = part.get("type")
+                    raise ValueError(
+                        f"A {message.get('role')} message has a part of type {kind!r}; only text and image."
+                    )
+            parts = [part.get("text") or "" for part in parts]
             for token in control_tokens:
                 if any(token in part for part in parts):
                     raise ValueError(
@@ -365,10 +280,13 @@ class MiniMindVImageToTextPipeline(ImageTextToTextPipeline):
         # Here the parent passes a whole generation config and single options besides it, which generate() warns of.
         generate_kwargs = dict(generate_kwargs or {})
         config = copy.deepcopy(generate_kwargs.pop("generation_config", self.generation_config))
-        others = config.update(**generate_kwargs)
+        others = config.update(**generate_kwargs, return_dict_in_generate=False)
+        if config.max_new_tokens is not None:
+            config.max_length = None
         inputs = {key: value for key, value in model_inputs.items() if key != "text"}
         sequences = self.model.generate(**inputs, generation_config=config, **others)
-        return {"generated_sequence": sequences, "input_ids": inputs["input_ids"]}
+        rows = inputs["input_ids"].shape[0]
+        return {"generated_sequence": sequences.view(rows, -1, sequences.shape[-1]), "input_ids": inputs["input_ids"]}
 
     def postprocess(self, model_outputs: dict, **kwargs: Any) -> list[dict[str, str]]:
         answers = model_outputs["generated_sequence"].flatten(0, -2)[:, model_outputs["input_ids"].shape[-1] :]
@@ -383,4 +301,4 @@ class MiniMindVImageToTextPipeline(ImageTextToTextPipeline):
 
 MiniMindVProcessor.register_for_auto_class()
 
-__all__ = ["MiniMindVImageToTextPipeline", "MiniMindVProcessor", "load_picture"]
+__all__ = ["MiniMindVImageToTextPipeline", "MiniMindVProcessor"]

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
@@ -32,32 +31,24 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", help=".pth file, or folder or Hub repository of the original")
-    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("output", help="folder to write")
     parser.add_argument("--vision-encoder", metavar="PATH_OR_REPO", help="CLIP or SigLIP tower, if the file has none")
     parser.add_argument("--tokenizer", metavar="PATH_OR_REPO", help="folder with the original's tokenizer.json")
     parser.add_argument(
-        "--config", type=Path, metavar="JSON", help="the original constructor's arguments; else released"
+        "--config", dest="original_config", metavar="JSON", help="the original constructor's arguments; else released"
     )
     parser.add_argument("--generation", choices=GENERATIONS, help="recognised from the tensors if left out")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="kept as it is if left out")
     parser.add_argument("--overwrite", action="store_true", help="replace an output folder that is not empty")
-    arguments = parser.parse_args()
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    arguments = vars(parser.parse_args())
+    output = arguments.pop("output")
+    arguments["dtype"] = getattr(torch, arguments["dtype"]) if arguments["dtype"] else None
     try:
-        summary = convert(
-            arguments.checkpoint,
-            arguments.output,
-            arguments.vision_encoder,
-            arguments.tokenizer,
-            arguments.config,
-            arguments.generation,
-            dtype,
-            arguments.overwrite,
-        )
+        summary = convert(arguments.pop("checkpoint"), output, **arguments)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(summary)
-    print(f"Written to   {arguments.output}")
+    print(f"Written to   {output}")
 
 
 if __name__ == "__main__":

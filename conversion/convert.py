@@ -100,27 +100,35 @@ def convert_checkpoint(
         FileNotFoundError: The checkpoint does not exist.
         ValueError: Not a checkpoint, or tensors are unknown, missing or of the wrong shape; the message lists them.
     """
-    output = Path(output)
-    convert(checkpoint, output, vision_encoder, tokenizer, original_config, generation, dtype, overwrite)
-    return output
+    options = {"vision_encoder": vision_encoder, "tokenizer": tokenizer, "original_config": original_config}
+    convert(checkpoint, output, **options, generation=generation, dtype=dtype, overwrite=overwrite)
+    return Path(output).expanduser()
 
 
 def convert(
     checkpoint: str | Path,
-    output: Path,
-    vision_encoder: str | Path | None,
-    tokenizer: str | Path | None,
-    original_config: dict[str, Any] | str | Path | None,
-    generation: str | None,
-    dtype: torch.dtype | None,
-    overwrite: bool,
+    output: str | Path,
+    *,
+    vision_encoder: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    original_config: dict[str, Any] | str | Path | None = None,
+    generation: str | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> Summary:
     """[`convert_checkpoint`], with a summary of what was found."""
-    summary = Summary()
+    summary, output = Summary(), Path(output).expanduser()
+    checkpoint, vision_encoder, tokenizer, original_config = (
+        Path(source).expanduser() if isinstance(source, (str, Path)) and local_path(source) else source
+        for source in (checkpoint, vision_encoder, tokenizer, original_config)
+    )
+    for source in (checkpoint, vision_encoder, tokenizer, original_config):
+        if isinstance(source, Path) and source.resolve().is_relative_to(output.resolve()):
+            raise ValueError(f"The output {output} holds {source}, which is read. Choose another output folder.")
     with write_beside(output, overwrite) as folder, tqdm(total=4, desc="reading", unit="step") as progress:
         state, arguments, files = read_checkpoint(checkpoint)
         if original_config is not None:
-            arguments |= original_config if isinstance(original_config, dict) else read_json(Path(original_config))
+            arguments |= original_config if isinstance(original_config, dict) else read_json(original_config)
         summary.generation = generation or detect_generation(list(state)) or ""
         if summary.generation not in GENERATIONS:
             raise ValueError(
@@ -154,6 +162,9 @@ def convert(
             summary.notes.append("assumed, as released: " + ", ".join(assumed))
         progress.update()
         progress.set_description("checking")
+        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
+        if dtype is None and len(dtypes) > 1:
+            summary.notes.append(f"tensors of {' and '.join(dtypes)}, kept as they are; make them one with --dtype")
         model = fill_model(model_class, summary.config, state, fresh_projector=not has_projector)
         summary.parameters = count_parameters(model)
         if dtype is not None:
@@ -191,18 +202,31 @@ def write_beside(output: Path, overwrite: bool) -> Iterator[Path]:
         raise FileExistsError(f"{output} exists already. Choose another name, or overwrite it with --overwrite.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as beside:
-        yield Path(beside, "new")
+        old, new = Path(beside, "old"), Path(beside, "new")
+        yield new
         if output.exists():
-            output.rename(Path(beside, "old"))
-        Path(beside, "new").rename(output)
+            output.rename(old)
+        try:
+            new.rename(output)
+        except BaseException:
+            if old.exists():
+                old.rename(output)
+            raise
+
+
+def local_path(source: str | Path) -> bool:
+    """Whether this names a file or folder here, and not a Hub repository (`user/name`)."""
+    is_repository = re.fullmatch(
+        r"[\w.-]+/[\w.-]+(?<!\.pth)(?<!\.pt)(?<!\.bin)(?<!\.safetensors)(?<!\.json)", str(source)
+    )
+    return Path(source).expanduser().exists() or not is_repository
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
-    return content.get("constructor_args", content)
 
 
 def read_checkpoint(checkpoint: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path | None]:
@@ -211,7 +235,7 @@ def read_checkpoint(checkpoint: str | Path) -> tuple[dict[str, torch.Tensor], di
     if path.is_file():
         return read_tensors(path), arguments, None
     if not path.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(checkpoint)):
+        if local_path(checkpoint):
             raise FileNotFoundError(f"{checkpoint} is no file, no folder and no Hub repository (user/name).")
         path = Path(snapshot_download(str(checkpoint), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.txt"]))
     if (path / "config.json").exists():
@@ -236,12 +260,14 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # what is no checkpoint makes the readers fail in many ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from None
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]  # the original's files for resuming also hold the optimizer
     if not isinstance(content, dict) or not content or not all(torch.is_tensor(value) for value in content.values()):
         raise ValueError(
             f"{path} does not hold a state dict (names and tensors); it holds a {type(content).__name__}."
         )
     # Prefixes that torch.compile and DistributedDataParallel leave
-    return {re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor for name, tensor in content.items()}
+    return {re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor.contiguous() for name, tensor in content.items()}
 
 
 def zip_file(path: Path) -> bool:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import IDS, KINDS, make_config, make_text_config
-from transformers import AutoConfig, CLIPVisionConfig
+from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig
 
 from minimind_v import MiniMindConfig, MiniMindVConfig
 
@@ -55,6 +55,16 @@ def test_nested_configurations_may_be_objects_or_dicts():
     assert config.get_text_config() is text
 
 
+def test_one_tie_flag_rules_both():
+    config = MiniMindVConfig(text_config={"tie_word_embeddings": True}, image_token_id=3, tie_word_embeddings=False)
+    assert not config.text_config.tie_word_embeddings
+
+
+def test_whole_clip_gives_its_vision_half():
+    config = MiniMindVConfig(vision_config=CLIPConfig(), image_token_id=3)
+    assert config.vision_config.model_type == "clip_vision_model" and config.image_seq_length == 49
+
+
 @pytest.mark.parametrize(
     "values, message",
     [
@@ -75,6 +85,7 @@ def test_impossible_decoders_are_refused(values, message):
         ({"image_seq_length": 63}, "image_seq_length must be 64.*8 x 8 patches.* got 63"),
         ({"projector_type": "resampler"}, "projector_type must be one of .*'linear', 'mlp'.* got 'resampler'"),
         ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy .* got 'cls'"),
+        ({"vision_feature_select_strategy": "default"}, "one of .*'full'.* got 'default'"),
         ({"text_config": {}}, "image_token_id .* got None"),
         ({"image_token_id": 6400}, "image_token_id .*6399.* got 6400"),
     ],

@@ -363,6 +363,7 @@ class Evil:
         ("evil", "cannot be read as a checkpoint of tensors"),
         (["a", "list"], "does not hold a state dict"),
         ({"epoch": 3}, "does not hold a state dict"),
+        ({"model": {"a": torch.zeros(1)}, "optimizer": {}}, "is not a checkpoint of MiniMind: its tensors .*'a'"),
         ({"bert.weight": torch.zeros(1)}, "is not a checkpoint of MiniMind"),
         ({}, "does not hold a state dict"),
     ],
@@ -438,13 +439,24 @@ def test_existing_output_is_refused_and_kept_when_conversion_fails(tmp_path):
 
 
 @golden
+def test_output_that_holds_the_source_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    source = tmp_path / "out" / "sft.pth"
+    source.write_bytes((GOLDEN / "g2_dense" / "upstream.pth").read_bytes())
+    with pytest.raises(ValueError, match=r"holds .*sft.pth, which is read"):
+        convert_checkpoint(source, tmp_path / "out", overwrite=True)
+    assert source.exists()
+
+
+@golden
 def test_interruption_leaves_nothing_half_written(tmp_path):
     program = """
-import os, signal, sys
+import json, os, signal, sys
 import minimind_v.conversion.convert as convert
 convert.wrap_tokenizer = lambda *_: os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C after the weights are written
+config = json.load(open(sys.argv[1] + "/hparams.json"))["constructor_args"]
 convert.convert_checkpoint(sys.argv[1] + "/upstream.pth", sys.argv[2], vision_encoder=sys.argv[1] + "/vision_encoder",
-                           tokenizer="x", original_config=sys.argv[1] + "/hparams.json")
+                           tokenizer="x/", original_config=config)
 """
     command = [sys.executable, "-c", program, str(GOLDEN / "g2_dense"), str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

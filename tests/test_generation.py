@@ -180,6 +180,19 @@ def test_embeddings_instead_of_ids(setup, encode):
         assert model.generate(**given, **options).tolist() == answers(model, inputs, **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_pictures_without_their_places_are_refused(options, make_processor, encode):
+    model = make_model()
+    inputs = encode(make_processor(), user(picture(0), "one"), user(picture(1), "two"))
+    pixels = inputs.pop("pixel_values")
+    for wrong in (pixels[:1], torch.cat([pixels, pixels[:1]])):
+        with pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: 32, features: "):
+            answers(model, {**inputs, "pixel_values": wrong}, **options)
+    text = encode(make_processor(), user("no picture"))
+    with pytest.raises(ValueError, match="do not match, tokens: 0, features: 16"):
+        answers(model, {**text, "pixel_values": pixels[:1]}, **options)
+
+
 def test_tower_runs_once_per_generation(setup, encode):
     model, processor, chats = setup
     calls = []
@@ -200,7 +213,10 @@ def test_at_sign_as_placeholder_of_minimind2(make_processor, encode):
     assert (inputs["input_ids"] == processor.image_token_id).sum() == 2 * 16 + 2
     single = answers(model, inputs)
     assert answers(model, inputs, do_sample=True, top_k=1, num_return_sequences=2) == single * 2
-    assert len(answers(model, inputs, num_beams=2)) == 1
+    many = encode(processor, user(picture(1), " " + "a@b.c " * 16))  # as many as a picture has tokens
+    single = answers(model, many, do_sample=True, top_k=1)
+    assert answers(model, many, do_sample=True, top_k=1, num_return_sequences=2) == single * 2
+    single = answers(model, inputs)
     batch = encode(processor, chat, user("a@b"), user(picture(1), "@"))
     assert answers(model, batch)[0] == single[0]
 

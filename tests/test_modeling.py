@@ -285,6 +285,73 @@ def test_expert_implementations_agree(implementation, make_inputs):
     torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("tower, frozen", [("siglip", True), ("clip", False)])
+def test_every_trained_parameter_has_a_gradient_in_every_batch(tower, frozen, make_inputs):
+    """Text-only batches too, and CLIP's unused post_layernorm: DistributedDataParallel waits for all of them."""
+    model = make_model(tower).train()
+    model.model.vision_tower.requires_grad_(not frozen)
+    inputs = make_inputs(tower)
+    ids = torch.randint(4, 320, (1, 9))
+    for batch in (inputs, {"input_ids": ids, "labels": ids}):
+        model.zero_grad()
+        model(**batch).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_distributed_training_with_a_batch_of_text(make_inputs, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = make_model("clip").train()
+        model.model.vision_tower.requires_grad_(False)
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        inputs, ids = make_inputs("clip"), torch.randint(4, 320, (1, 9))
+        for batch in (inputs, {"input_ids": ids, "labels": ids}, inputs):
+            parallel(**batch).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_frozen_tower_builds_no_graph(make_inputs):
+    model, inputs = make_model(), make_inputs("siglip")
+    model.model.vision_tower.requires_grad_(False)
+    model.model.vision_tower.embeddings.register_forward_hook(lambda *args: args[-1].requires_grad_())  # as PEFT does
+    features = model.get_image_features(inputs["pixel_values"])
+    assert not features.last_hidden_state.requires_grad and features.pooler_output[0].requires_grad
+
+
+def test_packed_rows_bring_their_own_positions(make_inputs):
+    model = make_model()
+    ids = torch.randint(4, 320, (1, 600))
+    packed = torch.arange(100).repeat(6)[None]
+    logits = model(ids, position_ids=packed, use_cache=False).logits
+    torch.testing.assert_close(logits[:, 100:200], model(ids[:, 100:200]).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_evaluation_with_metrics(make_inputs, tmp_path):
+    """Outputs that are not predictions (caches, features, router logits) stay out of what Trainer gathers."""
+    from transformers import Trainer, TrainingArguments
+
+    model, inputs = make_model("clip", moe=True), make_inputs("clip", rows=1)
+    row = {key: value[0] for key, value in inputs.items() if key != "pixel_values"}
+    arguments = TrainingArguments(
+        tmp_path, report_to="none", remove_unused_columns=False, use_cpu=True, disable_tqdm=True,
+        per_device_eval_batch_size=1, label_names=["labels"],
+    )  # fmt: skip
+    rows = [row | {"pixel_values": inputs["pixel_values"]}, {key: value[-4:] for key, value in row.items()}]
+
+    def collate(items):
+        pixels = {"pixel_values": items[0]["pixel_values"]} if "pixel_values" in items[0] else {}
+        return {key: items[0][key][None] for key in row} | pixels
+
+    shapes = []
+    trainer = Trainer(
+        model, arguments, data_collator=collate, eval_dataset=rows,
+        compute_metrics=lambda output: shapes.append(output.predictions.shape) or {},
+    )  # fmt: skip
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert shapes == [(2, len(row["input_ids"]), 320)]
+
+
 def test_no_warning_in_training_or_generation(make_inputs, caplog, capfd):
     model, inputs = make_model(moe=True), make_inputs("siglip")
     with warnings.catch_warnings():

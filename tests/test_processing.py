@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from transformers import AutoProcessor
 
 from minimind_v import MiniMindVProcessor
-from minimind_v.processing_minimind_v import load_picture
+from minimind_v.image_loading_minimind_v import load_picture
 
 
 def png(image, **options):
@@ -103,6 +103,9 @@ def test_unusual_modes_are_shown_right(tmp_path):
     almost_black = np.ones((3, 4, 6), np.uint8)  # 1 of 255, not 100 %
     for source in (almost_black, torch.tensor(almost_black)):
         assert np.asarray(load_picture(source)).max() == 1
+    floats = np.asarray(grey) / 255
+    for rounded in (floats * 1.000001, floats - 1e-7):
+        assert np.array_equal(np.asarray(load_picture(rounded)), np.asarray(load_picture(floats)))
     for mode in ("P", "CMYK", "YCbCr", "L", "1", "HSV"):
         converted = picture(1).convert(mode)
         assert np.array_equal(np.asarray(load_picture(converted)), np.asarray(converted.convert("RGB"))), mode
@@ -175,11 +178,29 @@ def test_too_many_pixels_are_refused_before_decoding(processor, monkeypatch):
         pixels(processor, content)
 
 
+def test_options_of_the_image_processor(make_processor):
+    processor = make_processor("clip")
+    with pytest.raises(ValueError, match="do_rescale=False is not possible"):
+        processor(text="<|image_pad|>", images=picture(), do_rescale=False)
+    long = picture(size=(400, 20))
+    whole = processor(text="<|image_pad|>", images=long, do_center_crop=False, return_tensors="pt")["pixel_values"]
+    assert whole.shape == (1, 3, 32, 640)
+
+
+def test_addresses_with_unusual_characters(processor):
+    with web_server(png(picture())) as url:
+        for name in ("图.png", "a b.png?x=1&y=2"):
+            assert torch.equal(pixels(processor, url.replace("picture.png", name)), pixels(processor, picture()))
+        assert torch.equal(pixels(processor, url.replace("http", "HTTP")), pixels(processor, picture()))
+    with pytest.raises(ValueError, match="cannot be downloaded"):
+        pixels(processor, "http://127.0.0.1:bad/picture.png")
+
+
 def test_download_that_fails_or_is_too_large(processor, monkeypatch):
     with web_server(b"") as url, pytest.raises(ValueError, match=r"image 0 .* cannot be downloaded: .*404"):
         pixels(processor, url)
-    monkeypatch.setattr("minimind_v.processing_minimind_v.MAX_DOWNLOAD_BYTES", 10)
-    with web_server(png(picture())) as url, pytest.raises(ValueError, match="larger than 10 bytes"):
+    monkeypatch.setattr("minimind_v.image_loading_minimind_v.MAX_DOWNLOAD_BYTES", 10)
+    with web_server(png(picture())) as url, pytest.raises(ValueError, match="takes more than 10 bytes"):
         pixels(processor, url)
 
 
@@ -192,6 +213,19 @@ def test_placeholder_becomes_as_many_tokens_as_the_picture_has(processor):
     assert inputs["mm_token_type_ids"][0] == [int(token == 3) for token in inputs["input_ids"][0]]
     expanded = processor(text="a" + "<|image_pad|>" * 16 + "b", images=picture())  # already expanded: the same
     assert expanded["input_ids"] == inputs["input_ids"]
+
+
+def test_as_many_pictures_as_one_has_tokens(processor):
+    """16 placeholders in a row are 16 pictures here, not one that is expanded already."""
+    inputs = processor(text="<|image_pad|>" * 16, images=[picture()] * 16)
+    assert inputs["input_ids"][0].count(3) == 256
+
+
+def test_other_parts_of_a_chat_are_refused(processor, encode):
+    with pytest.raises(ValueError, match="part of type 'video'"):
+        encode(processor, {"role": "user", "content": [{"type": "video", "video": "a.mp4"}]})
+    with pytest.raises(ValueError, match="not both in one list"):
+        processor(text=["a", "b"], images=[[picture()], picture()])
 
 
 def test_text_replacement_offsets(processor):

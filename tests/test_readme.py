@@ -54,7 +54,7 @@ def test_python_of_the_readme(elsewhere):
 
 
 def test_checkpoint_carries_the_present_code():
-    for name in ("configuration", "modeling", "processing"):
+    for name in ("configuration", "image_loading", "modeling", "processing"):
         file = f"{name}_minimind_v.py"
         assert (CHECKPOINT / file).read_bytes() == (REPOSITORY / file).read_bytes(), f"copy {file} to {CHECKPOINT}"
 
