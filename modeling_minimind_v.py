@@ -33,10 +33,9 @@ from .configuration_minimind_v import MiniMindConfig, MiniMindVConfig
 from .processing_minimind_v import MiniMindVProcessor  # noqa: F401 - a saved model takes along the files it imports
 
 # Pipelines log an error for a model class that is not in these tables.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(
-    minimind="MiniMindForCausalLM", minimind_v="MiniMindVForConditionalGeneration"
-)
-MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.update(minimind_v="MiniMindVForConditionalGeneration")
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["minimind"] = "MiniMindForCausalLM"
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["minimind_v"] = "MiniMindVForConditionalGeneration"
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["minimind_v"] = "MiniMindVForConditionalGeneration"
 
 
 # --- The decoder -----------------------------------------------------------------------------------------------------
@@ -402,10 +401,13 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
             image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        if self.training:
-            # DistributedDataParallel waits for a gradient of every parameter, also of those this batch leaves out.
-            vision = (*self.vision_tower.parameters(), *self.multi_modal_projector.parameters())
-            inputs_embeds = inputs_embeds + sum(0 * parameter.sum() for parameter in vision if parameter.requires_grad)
+        elif self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            # All processes must run the same modules (DDP waits for every gradient, FSDP for every gather), so a batch
+            # of text encodes an empty image and adds nothing of it.
+            vision = self.config.vision_config
+            size = (1, vision.num_channels, vision.image_size, vision.image_size)
+            features = self.get_image_features(inputs_embeds.new_zeros(size), return_dict=True).pooler_output
+            inputs_embeds = inputs_embeds + 0 * features[0].sum()
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -456,18 +458,9 @@ class MiniMindVForConditionalGeneration(MiniMindHeadMixin, MiniMindVPreTrainedMo
             >>> inputs = processor.apply_chat_template(chat, return_tensors="pt", **options)
             >>> logits = model(**inputs).logits
         """
-        return super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            mm_encoder_outputs=mm_encoder_outputs,
-            **kwargs,
-        )
+        images = {"pixel_values": pixel_values, "mm_encoder_outputs": mm_encoder_outputs}
+        text = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels)
+        return super().forward(*text, logits_to_keep=logits_to_keep, **images, **kwargs)
 
     # Images are flat over the batch, so where generate() repeats rows or cuts what the cache holds, the images have to
     # follow. The library repeats them since 5.19 (changing the caller's features in place) and never cuts them.

@@ -1,7 +1,7 @@
-"""Processor of MiniMind-V (pictures and text -> model inputs) and its image-to-text pipeline.
+"""Processor of MiniMind-V (text and pictures -> model inputs) and its image-to-text pipeline.
 
-The processor is strict where the stock path is silently wrong: every picture comes out as upright 8-bit RGB whatever
-it went in as, every sample has exactly as many pictures as placeholders, and no placeholder run is ever cut.
+The processor is strict where the stock path is silently wrong: every sample has exactly as many pictures as
+placeholders, no placeholder run is ever cut, and nothing that a user types becomes an image or a turn.
 """
 
 import copy
@@ -23,9 +23,6 @@ TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.spli
 # A centre crop to a square sees nothing beyond this ratio of sides, with a margin for the resampling filter.
 MAX_ASPECT_RATIO = 4
 DEFAULT_PROMPT = "Describe this image."
-
-
-# --- Processor -------------------------------------------------------------------------------------------------------
 
 
 class MiniMindVProcessor(ProcessorMixin):
@@ -164,6 +161,7 @@ class MiniMindVProcessor(ProcessorMixin):
         rows = []
         for ids in input_ids:
             rows.append([])
+            ids = ids if isinstance(ids, list) else ids.tolist()
             for is_image, run in groupby(ids, key=lambda token: token == self.image_token_id):
                 length = len(list(run))
                 of_images = length // self.image_seq_length * self.image_seq_length if is_image else 0
