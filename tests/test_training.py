@@ -138,6 +138,27 @@ def test_batch_of_mixed_rows(processor):
     assert "pixel_values" not in text_only
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("moe", [False, True])
+def test_packed_rows_have_the_loss_of_separate_ones(moe, attention, processor):
+    rows = [caption_row(picture(0)), caption_row(picture(1), "A longer question about it?", "A dog."), {
+        "messages": [{"role": "user", "content": "No picture"}, {"role": "assistant", "content": "Right."}]
+    }]  # fmt: skip
+    items = [{"messages": normalize_row(row)} for row in rows]
+    model = make_model(moe=moe, router_aux_loss_type="batch", router_aux_loss_coef=0.0).train()
+    model.set_attn_implementation(attention)
+    separate = MiniMindVDataCollator(processor)(items)
+    packed = MiniMindVDataCollator(processor, packing=True)(items)
+    assert packed["input_ids"].shape == (1, separate["attention_mask"].sum())
+    gradients = []
+    for batch in (separate, packed):
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        gradients.append((loss.detach(), model.model.language_model.embed_tokens.weight.grad.clone()))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+
+
 def test_long_and_broken_rows(processor, caplog):
     good, long = caption_row(picture(0)), caption_row(picture(1), answer="word " * 60)
     broken = caption_row(b"no picture")

@@ -1,9 +1,11 @@
 """Rows of chats -> a padded batch with labels on the assistant's turns."""
 
+import functools
 import logging
 from typing import Any, Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..processing_minimind_v import MiniMindVProcessor
 
@@ -19,12 +21,14 @@ class MiniMindVDataCollator:
     Args:
         processor: Processor of the model.
         max_length: Rows with more tokens are left out whole, never cut, and counted in `dropped`.
+        packing: Put all rows of the batch into one, without padding. `position_ids` that start again keep them from
+            attending to each other, by the library's own mechanism; the loss is that of the separate rows.
         on_broken: What happens to rows with unreadable pictures or wrong counts: `"error"`, or `"skip"` (left out,
             reported in the log and in `dropped`).
 
     Returns (when called):
-        `input_ids`, `attention_mask` and `labels`, int64 `[B, T]`, and, if there are pictures, `pixel_values`
-        `[N, 3, height, width]`.
+        `input_ids`, `labels` and `attention_mask` (packed: `position_ids`), int64 `[B, T]`, and, if there are
+        pictures, `pixel_values` `[N, 3, height, width]`.
 
     Raises:
         ValueError: A broken row with `on_broken="error"`, or no row of the batch could be used.
@@ -35,10 +39,12 @@ class MiniMindVDataCollator:
         processor: MiniMindVProcessor,
         max_length: int | None = None,
         on_broken: Literal["error", "skip"] = "error",
+        packing: bool = False,
     ) -> None:
         self.processor = processor
         self.max_length = max_length or processor.tokenizer.model_max_length
         self.on_broken = on_broken
+        self.packing = packing
         self.dropped: dict[Any, str] = {}
 
     def encode(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -74,14 +80,18 @@ class MiniMindVDataCollator:
                 f"No row of this batch can be used: {list(self.dropped.items())[-len(items) :]}. Remove such rows "
                 "(`python -m minimind_v.training check` lists them) or raise max_length."
             )
-        length, pad = max(len(row["input_ids"]) for row in rows), self.processor.tokenizer.pad_token_id
-        batch = {
-            "input_ids": torch.tensor([row["input_ids"] + [pad] * (length - len(row["input_ids"])) for row in rows]),
-            "attention_mask": torch.tensor(
-                [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows]
-            ),
-            "labels": torch.tensor([row["labels"] + [-100] * (length - len(row["labels"])) for row in rows]),
-        }
+        ids, labels = ([torch.tensor(row[key]) for row in rows] for key in ("input_ids", "labels"))
+        if self.packing:
+            positions = [torch.arange(len(row)) for row in ids]
+            batch = {"input_ids": torch.cat(ids), "labels": torch.cat(labels), "position_ids": torch.cat(positions)}
+            batch = {key: value[None] for key, value in batch.items()}
+        else:
+            pad = functools.partial(pad_sequence, batch_first=True)
+            batch = {
+                "input_ids": pad(ids, padding_value=self.processor.tokenizer.pad_token_id),
+                "labels": pad(labels, padding_value=-100),
+                "attention_mask": pad([torch.ones_like(row) for row in ids]),
+            }
         if pixels := [row["pixel_values"] for row in rows if "pixel_values" in row]:
             batch["pixel_values"] = torch.cat(pixels)
         return batch

@@ -39,6 +39,7 @@ class TrainArguments(TrainingArguments):
     max_length: int | None = field(
         default=None, metadata={"help": "Longer rows are left out whole; default: the model's positions."}
     )
+    packing: bool = field(default=False, metadata={"help": "Put the rows of a batch into one, without padding."})
     on_broken: Literal["error", "skip"] = field(
         default="error", metadata={"help": "What to do with rows whose pictures cannot be read."}
     )
@@ -103,7 +104,7 @@ def train(arguments: TrainArguments) -> Trainer:
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(f"Stage {arguments.stage}: {count / 1e6:.2f}M of {model.num_parameters() / 1e6:.2f}M parameters move, "
           f"{moving[0]} to {moving[-1]}")  # fmt: skip
-    collator = MiniMindVDataCollator(processor, arguments.max_length, arguments.on_broken)
+    collator = MiniMindVDataCollator(processor, arguments.max_length, arguments.on_broken, arguments.packing)
     stop = StopOnSignal()
     trainer = Trainer(
         model,

@@ -184,6 +184,8 @@ class MiniMindHeadMixin:
         prompt = input_ids if inputs_embeds is None else inputs_embeds
         if prompt is not None and position_ids is None:  # rows packed into one bring their own positions
             self.check_prompt_length(prompt.shape[1])
+        if use_cache is None and self.training and labels is not None:
+            use_cache = False  # no use for one; and only without it the library keeps packed rows apart
         if output_router_logits is None:
             output_router_logits = config.output_router_logits or (self.training and labels is not None)
         output_router_logits = output_router_logits and config.use_moe

@@ -136,8 +136,13 @@ def evaluate(folder: Path, files: list[Path], kinds: list[dict]) -> dict[str, fl
                 for file in files[start : start + 128]
             ]
             inputs = processor.apply_chat_template(
-                chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
-            ).to(dtype=model.dtype)
+                chats,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True},
+            )
             output = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
             captions += [text.strip() for text in processor.batch_decode(output, skip_special_tokens=True)]
         for i, style in enumerate(STYLES):
@@ -186,7 +191,6 @@ def main() -> None:
     stage.update(seed=options.seed + 2, num_train_epochs=options.joint_epochs, learning_rate=5e-4)
     fit("everything", model, rows, caption, **stage)
 
-    del model.config.use_cache  # set by the Trainer; the decoder's configuration has its own
     model.to(torch.bfloat16).save_pretrained(options.output)
     processor.save_pretrained(options.output)
     for name, value in evaluate(options.output, files, kinds).items():
