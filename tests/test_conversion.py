@@ -451,9 +451,9 @@ def test_output_that_holds_the_source_is_refused(tmp_path):
 @golden
 def test_interruption_leaves_nothing_half_written(tmp_path):
     program = """
-import json, os, signal, sys
+import json, signal, sys
 import minimind_v.conversion.convert as convert
-convert.wrap_tokenizer = lambda *_: os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C after the weights are written
+convert.wrap_tokenizer = lambda *_: signal.raise_signal(signal.SIGINT)  # Ctrl-C after the weights are written
 config = json.load(open(sys.argv[1] + "/hparams.json"))["constructor_args"]
 convert.convert_checkpoint(sys.argv[1] + "/upstream.pth", sys.argv[2], vision_encoder=sys.argv[1] + "/vision_encoder",
                            tokenizer="x/", original_config=config)
