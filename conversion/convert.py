@@ -142,7 +142,10 @@ def convert(
         if unknown := sorted(name for name, ours in names.items() if ours is None):
             raise ValueError(f"Unknown tensors for {summary.generation}: {shorten(unknown)}")
         shapes = {names[name]: tensor.shape for name, tensor in state.items()}
-        decoder, assumed = text_config(shapes, summary.generation, arguments)
+        try:
+            decoder, assumed = text_config(shapes, summary.generation, arguments)
+        except KeyError as error:
+            raise ValueError(f"Missing tensor for {summary.generation}: {error.args[0]}") from None
         state = from_original(state, summary.generation, decoder.head_dim)
         state = untie(state, decoder)
 

@@ -387,6 +387,7 @@ def test_files_that_are_no_checkpoints(content, message, tmp_path, monkeypatch):
     "change, message",
     [
         (lambda s: s.pop("model.layers.1.self_attn.k_proj.weight"), r"missing: .*layers.1.self_attn.k_proj"),
+        (lambda s: s.pop("model.layers.0.self_attn.k_proj.weight"), r"Missing tensor for minimind3: .*k_proj"),
         (lambda s: s.update({"model.layers.0.extra.weight": torch.zeros(2)}), r"unknown: .*layers.0.extra.weight"),
         (lambda s: s.update({"surprise": torch.zeros(2)}), "Unknown tensors for minimind3: surprise"),
         (lambda s: s.update({"model.norm.weight": torch.zeros(2)}), r"norm.weight \(2,\) instead of \(48,\)"),
