@@ -33,7 +33,7 @@ def load_case(case: str, folder: Path, **changes) -> tuple[MiniMindVForCondition
         original_config=hparams["constructor_args"] | changes,
         overwrite=True,
     )
-    model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=False).eval()
+    model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True).eval()
     assert model.config.text_config.original_generation == GENERATIONS[hparams["generation_id"]]
     return model, hparams
 

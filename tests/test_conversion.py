@@ -13,6 +13,7 @@ from conftest import picture
 from original import CASES, GENERATIONS, GOLDEN, TOKENIZERS, load_case, read_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_travel import run_elsewhere
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 
 from minimind_v import MiniMindForCausalLM, MiniMindVConfig, MiniMindVForConditionalGeneration
@@ -342,6 +343,25 @@ def test_converted_checkpoint_answers_questions(case, tmp_path):
     generated = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     assert generated.shape[1] > inputs["input_ids"].shape[1]
     assert processor.tokenizer.padding_side == "left" and hparams["image_token_len"] == processor.image_seq_length
+
+
+@golden
+@pytest.mark.parametrize("case", ["g1_moe", "g3v_dense"])
+def test_converted_checkpoint_travels(case, tmp_path):
+    """In a fresh process, without this package: still the recorded logits."""
+    load_case(case, tmp_path)
+    ids = load_file(GOLDEN / case / "inputs.safetensors")["text.input_ids"]
+    program = """
+import json, sys, torch
+sys.modules["minimind_v"] = None
+from transformers import AutoModelForCausalLM, AutoProcessor
+AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+print(json.dumps(model(torch.tensor(json.loads(sys.argv[2]))).logits.tolist()))
+"""
+    logits = torch.tensor(run_elsewhere(program, tmp_path / case, json.dumps(ids.tolist()), folder=tmp_path))
+    expected = load_file(GOLDEN / case / "expected.safetensors")["text.logits"]
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
 
 
 # --- Hostile and interrupted input ----------------------------------------------------------------------------------
