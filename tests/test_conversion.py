@@ -474,6 +474,7 @@ def test_interruption_leaves_nothing_half_written(tmp_path):
     program = """
 import json, signal, sys
 import minimind_v.conversion.convert as convert
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background starts without it
 convert.wrap_tokenizer = lambda *_: signal.raise_signal(signal.SIGINT)  # Ctrl-C after the weights are written
 config = json.load(open(sys.argv[1] + "/hparams.json"))["constructor_args"]
 convert.convert_checkpoint(sys.argv[1] + "/upstream.pth", sys.argv[2], vision_encoder=sys.argv[1] + "/vision_encoder",
