@@ -42,8 +42,8 @@ def run_tests(version: str, folder: Path, arguments: list[str]) -> str:
     )
     minutes = (time.monotonic() - start) / 60
     summary = result.stdout.strip().splitlines()[-1]
-    counts = [re.search(rf"(\d+) {word}", summary) for word in ("passed", "failed|errors?", "skipped")]
-    passed, failed, skipped = (match[1] if match else "0" for match in counts)
+    words = ("passed", "(?:failed|error)", "skipped")
+    passed, failed, skipped = (sum(map(int, re.findall(rf"(\d+) {word}", summary))) for word in words)
     if result.returncode:
         print(result.stdout[-5000:], result.stderr[-2000:])
     row = f"| {version} | {passed} | {failed} | {skipped} | {minutes:.1f} min |"
