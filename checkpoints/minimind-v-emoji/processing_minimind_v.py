@@ -263,28 +263,30 @@ class MiniMindVImageToTextPipeline(ImageTextToTextPipeline):
 
     def preprocess(self, inputs: Any, prompt: str = DEFAULT_PROMPT, **kwargs: Any) -> BatchFeature:
         content = [{"type": "image", "image": inputs}, {"type": "text", "text": prompt}]
-        model_inputs = self.processor.apply_chat_template(
+        return self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
         )
-        return BatchFeature({**model_inputs, "text": prompt})  # "text" is what the parent's _forward expects
 
     def _forward(self, model_inputs: dict, generate_kwargs: dict | None = None) -> dict:
+        options = dict(generate_kwargs or {})
         if TRANSFORMERS_VERSION >= (5, 20):
-            return super()._forward(model_inputs, generate_kwargs)
-        # Here the parent passes a whole generation config and single options besides it, which generate() warns of.
-        generate_kwargs = dict(generate_kwargs or {})
-        config = copy.deepcopy(generate_kwargs.pop("generation_config", self.generation_config))
-        others = config.update(**generate_kwargs, return_dict_in_generate=False)
-        if config.max_new_tokens is not None:
-            config.max_length = None
-        inputs = {key: value for key, value in model_inputs.items() if key != "text"}
-        sequences = self.model.generate(**inputs, generation_config=config, **others)
-        rows = inputs["input_ids"].shape[0]
-        return {"generated_sequence": sequences.view(rows, -1, sequences.shape[-1]), "input_ids": inputs["input_ids"]}
+            options = self._prepare_generate_kwargs(options, return_dict_in_generate=False)
+        else:  # one whole config: generate() warns of single options besides it
+            config = copy.deepcopy(options.pop("generation_config", self.generation_config))
+            options = config.update(**options, return_dict_in_generate=False)
+            if config.max_new_tokens is not None:
+                config.max_length = None
+            options["generation_config"] = config
+        sequences = self.model.generate(**model_inputs, **options)
+        rows = model_inputs["input_ids"].shape[0]  # each may have several answers
+        return {
+            "generated_sequence": sequences.view(rows, -1, sequences.shape[-1]),
+            "input_ids": model_inputs["input_ids"],
+        }
 
     def postprocess(self, model_outputs: dict, **kwargs: Any) -> list[dict[str, str]]:
         answers = model_outputs["generated_sequence"].flatten(0, -2)[:, model_outputs["input_ids"].shape[-1] :]
