@@ -35,6 +35,9 @@ class MiniMindConfig(Qwen3MoeConfig):
         head_dim: Size of one head; left out, `hidden_size // num_attention_heads`.
         intermediate_size: Width of the dense FFN; left out, MiniMind-3's rule `64 * ceil(pi * hidden_size / 64)`.
         moe_intermediate_size: Width of one expert; left out, `intermediate_size`.
+        norm_topk_prob: Weights of the chosen experts sum up to 1. With one expert per token, as released, that weight
+            is always 1, and the router learns from the load-balancing loss only, not from which expert answers best:
+            to train a router, take `num_experts_per_tok=2` or `norm_topk_prob=False`.
 
     Raises:
         ValueError: The values contradict each other; the message names them.

@@ -202,19 +202,20 @@ class MiniMindVProcessor(ProcessorMixin):
                 or an image.
         """
         if kwargs.get("tokenize") and not kwargs.get("sanitize_control_tokens"):
-            self._check_chat(conversation)
+            self.check_chat(conversation)
         if kwargs.get("return_assistant_tokens_mask") and TRANSFORMERS_VERSION < (5, 18):
             # It looks for the answers where they stood before the placeholders were expanded: so expand them first.
             template = kwargs.get("chat_template") or self.chat_template
             kwargs["chat_template"] = template.replace(self.image_token, self.image_placeholder)
         return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def _check_chat(self, conversation: Any) -> None:
+    def check_chat(self, conversation: Any) -> None:
+        """Raises a ValueError if a chat has parts that are neither text nor image, or control tokens as text."""
         control_tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         control_tokens.add(self.image_token)
         for message in conversation:
             if isinstance(message, (list, tuple)):
-                self._check_chat(message)
+                self.check_chat(message)
                 continue
             content = message.get("content") or ""
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -1,5 +1,7 @@
 """Tiny models and processors of every kind, made here, and real picture files."""
 
+import io
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -143,3 +145,35 @@ def encode():
         )
 
     return encode
+
+
+# --- Training data ---------------------------------------------------------------------------------------------------
+
+
+def png(seed=0):
+    buffer = io.BytesIO()
+    picture(seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_jsonl(path, rows):
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    return path
+
+
+def caption_row(image, question="What is this?", answer="A cat."):
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    answer = [{"type": "text", "text": answer}]  # Arrow wants one type in all rows
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "images": [image]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six pictures with captions as an image folder."""
+    rows = []
+    for seed in range(6):
+        (tmp_path / f"{seed}.png").write_bytes(png(seed))
+        rows.append({"file_name": f"{seed}.png", "text": f"Picture {seed}."})
+    write_jsonl(tmp_path / "metadata.jsonl", rows)
+    return tmp_path

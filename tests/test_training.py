@@ -1,55 +1,22 @@
-"""Training: every data form, labels, what moves in each stage, the commands, and resuming."""
+"""Training: every data form, labels, what moves in each stage, cached image features, LoRA."""
 
-import io
 import json
-import os
-import signal
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHECKPOINT, make_model, picture
+from conftest import caption_row, make_model, picture, png, write_jsonl
 from original import GOLDEN, read_json
-from safetensors.torch import load_file
 from transformers import SiglipImageProcessorPil
 
 from minimind_v import MiniMindVProcessor
 from minimind_v.conversion.tokenizers import wrap_tokenizer
 from minimind_v.training import MiniMindVDataCollator, MiniMindVDataset, freeze
-from minimind_v.training.check import check
 from minimind_v.training.data import normalize_row
+from minimind_v.training.image_features import ImageFeatureCache, pass_features_through
+from minimind_v.training.stages import add_lora, merge_lora
 
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no ../shared/golden beside the repository")
-
-
-def png(seed=0):
-    buffer = io.BytesIO()
-    picture(seed).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_jsonl(path, rows):
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    return path
-
-
-def caption_row(image, question="What is this?", answer="A cat."):
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    answer = [{"type": "text", "text": answer}]  # Arrow wants one type in all rows
-    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-    return {"messages": messages, "images": [image]}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Six pictures with captions as an image folder."""
-    rows = []
-    for seed in range(6):
-        (tmp_path / f"{seed}.png").write_bytes(png(seed))
-        rows.append({"file_name": f"{seed}.png", "text": f"Picture {seed}."})
-    write_jsonl(tmp_path / "metadata.jsonl", rows)
-    return tmp_path
 
 
 # --- Data -----------------------------------------------------------------------------------------------------------
@@ -91,6 +58,13 @@ def test_all_forms_of_data_give_the_same_rows(folder, processor):
         ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn"),
         (caption_row("a.png") | {"images": []}, "places for 1 images, but there are 0"),
         (caption_row("a.png") | {"images": ["a.png", "b.png"]}, "places for 1 images, but there are 2"),
+        (
+            {"messages": [{"role": "human", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            r"\['human', ",
+        ),
+        ({"messages": [{"role": "assistant", "content": "b"}]}, "user or tool before each assistant"),
+        ({"messages": ["a"]}, r"roles .* but they are \['a'\]"),
+        ("[1, 2]", "a row must be an object with messages and images, not a list"),
     ],
 )
 def test_rows_that_cannot_be_trained_on(row, message):
@@ -101,9 +75,15 @@ def test_rows_that_cannot_be_trained_on(row, message):
 def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"metadata.jsonl does not exist"):
         MiniMindVDataset(tmp_path)
-    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{oops\n')
-    with pytest.raises(ValueError, match=r"Line 2 of .*rows.jsonl is not JSON"):
-        MiniMindVDataset(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"rows.txt must be a .jsonl or .parquet file"):
+        MiniMindVDataset(tmp_path / "rows.txt")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a\u2028b"}\n{oops\n')
+    dataset = MiniMindVDataset(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"Row 0: a row needs messages and images.*it has \['text'\]"):
+        dataset[0]
+    with pytest.raises(ValueError, match="Row 1: Expecting property name"):
+        dataset[1]
 
 
 # --- Collator -------------------------------------------------------------------------------------------------------
@@ -222,72 +202,113 @@ def test_only_the_parameters_of_the_stage_move(stage, freeze_llm, moving, proces
     assert changed == set(names) == {name for name in before if any(part in name for part in moving)}
 
 
-# --- Commands -------------------------------------------------------------------------------------------------------
+# --- Cached image features ------------------------------------------------------------------------------------------
 
 
-def run(*arguments, **options):
-    command = [sys.executable, "-m", "minimind_v.training", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, **options)
+@pytest.mark.parametrize("tower", ["siglip", "clip"])
+def test_cached_features_give_the_same_loss(tower, make_processor, folder, tmp_path):
+    """Pictures as files, bytes and objects, several in a row, and a row of text; loss and gradients are equal."""
+    processor = make_processor(tower)
+    model = make_model(tower).train()
+    freeze(model, "sft")
+    two = [{"role": "user", "content": "<image> and <image>?"}, {"role": "assistant", "content": "Two."}]
+    text = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    rows = [caption_row(str(folder / "0.png")), {"messages": two, "images": [png(1), picture(2)]}, {"messages": text}]
+    dataset = MiniMindVDataset(rows)
+    cache = ImageFeatureCache(tmp_path / "features", model, processor)
+    cache.fill(dataset)
+    pass_features_through(model)
+    gradients = []
+    for features in (None, cache):
+        batch = MiniMindVDataCollator(processor, image_features=features)([dataset[i] for i in range(3)])
+        assert batch["pixel_values"].ndim == (4 if features is None else 3)
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)
+    assert len(gradients[0]) > 10
 
 
-def test_check_reports_what_training_would_meet(folder, processor, tmp_path):
-    rows = [caption_row(f"{seed}.png") for seed in range(3)]
-    rows += [caption_row("missing.png"), caption_row("0.png", answer="long " * 400), {"messages": []}]
-    data = write_jsonl(folder / "rows.jsonl", rows)
-    report = check(data, CHECKPOINT, max_length=128)
-    assert report["rows"] == 6 and report["images"] == 3 and len(report["tokens"]) == 3
-    assert report["broken"].keys() == {3, 5} and report["too_long"].keys() == {4}
-    assert report["preview"][0] == (
-        "<|im_start|>user\n[image]What is this?<|im_end|>\n<|im_start|>assistant\n«A cat.<|im_end|>\n»"
-    )
-    result = run("check", data, "--max-length", 128)
-    assert result.returncode == 1 and "2 broken" in result.stdout and "row 3: image 0 of sample 0" in result.stdout
+def test_the_cache_keeps_each_picture_once_and_notices_changes(folder, processor, tmp_path, monkeypatch):
+    model, calls = make_model(), []
+    model.model.vision_tower.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())
+    (folder / "broken.png").write_bytes(b"no picture")
+    names = ["0.png", "1.png", "copy.png", "broken.png", "missing.png"]
+    rows = MiniMindVDataset(write_jsonl(folder / "rows.jsonl", [caption_row(name) for name in names]))
+
+    def fill(model, processor=processor, dtype=torch.float32):
+        calls.clear()
+        cache = ImageFeatureCache(tmp_path / "features", model, processor, dtype)
+        cache.fill(rows)
+        return cache
+
+    cache = fill(model)
+    assert sum(calls) == 2 and len(cache.shards) == 2
+    assert torch.equal(cache.get(str(folder / "0.png")), cache.get(png(0)))
+    assert cache.get(str(folder / "broken.png")) is None and cache.get("missing.png") is None
+    with pytest.raises(ValueError, match=r"Row 3: image 0 of sample 0 .*broken.png.* cannot be read as a picture"):
+        MiniMindVDataCollator(processor, image_features=cache)([rows[3]])
+    fill(model)
+    assert calls == []  # a later run reads what is there
+    (folder / "1.png").write_bytes(png(5))
+    assert fill(model) and sum(calls) == 1  # a changed picture is another picture
+    assert fill(model, dtype=torch.bfloat16).get(png(0)).dtype == torch.bfloat16 and sum(calls) == 2
+    processor.image_processor.image_mean = [0.4] * 3
+    assert fill(model) and sum(calls) == 2
+    with torch.no_grad():
+        model.model.vision_tower.encoder.layers[0].mlp.fc1.bias[0] += 1e-3
+    assert fill(model) and sum(calls) == 2
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    model.model.vision_tower.encoder.layers[0].mlp.fc1.bias.data.zero_()
+    with pytest.raises(OSError, match=r"Features of 3 pictures need 0.0 GB .* 0.0 GB free. Choose another folder"):
+        fill(model)
 
 
-TRAIN = ["--stage", "sft", "--learning-rate", "1e-3", "--per-device-train-batch-size", "2", "--use-cpu", "true"]
-TRAIN += ["--max-steps", "12", "--logging-steps", "1", "--save-steps", "100", "--seed", "1"]
+def test_an_interrupted_cache_goes_on(folder, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr("minimind_v.training.image_features.SHARD_SIZE", 2)
+    model, seen = make_model(), []
+
+    def interrupt(module, inputs):
+        seen.append(len(inputs[0]))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    handle = model.model.vision_tower.register_forward_pre_hook(interrupt)
+    rows, cache = MiniMindVDataset(folder), ImageFeatureCache(tmp_path / "features", model, processor)
+    with pytest.raises(KeyboardInterrupt):
+        cache.fill(rows, batch_size=1)
+    handle.remove()
+    cache = ImageFeatureCache(tmp_path / "features", model, processor)
+    assert len(cache.shards) == 2
+    cache.fill(rows, batch_size=1)
+    assert len(cache.shards) == 6 and not list(tmp_path.rglob("*.part"))
 
 
-def test_interrupted_and_resumed_training_is_bit_identical(folder, tmp_path):
-    command = ["train", "--model", CHECKPOINT, "--data", folder, *TRAIN]
-    whole = run(*command, "--output-dir", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr[-2000:]
-
-    resumed = [
-        sys.executable,
-        "-m",
-        "minimind_v.training",
-        *map(str, command),
-        "--output-dir",
-        str(tmp_path / "parts"),
-    ]
-    process = subprocess.Popen(resumed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in process.stdout:
-        if "'loss'" in line:  # the first step is done
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait(timeout=100) == 1 and "the checkpoint is saved. Go on with the same command" in rest
-    saved = [name for name in os.listdir(tmp_path / "parts") if name.startswith("checkpoint-")]
-    assert len(saved) == 1 and 1 <= int(saved[0].split("-")[1]) < 12
-    second = run(*command, "--output-dir", tmp_path / "parts", "--resume-from-checkpoint", "latest")
-    assert second.returncode == 0, second.stderr[-2000:]
-
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts")]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    histories = []
-    for name in ("whole", "parts"):
-        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
-        histories.append([(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry])
-    assert histories[0] == histories[1] and len(histories[0]) == 12
-    tower = load_file(CHECKPOINT / "model.safetensors")
-    for name, tensor in weights[0].items():
-        assert ("vision_tower" not in name) or torch.equal(tensor, tower[name].float())
+# --- LoRA -----------------------------------------------------------------------------------------------------------
 
 
-def test_train_errors_are_one_line(tmp_path):
-    result = run("train", "--model", CHECKPOINT, "--data", tmp_path, "--output-dir", tmp_path / "out")
-    assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "metadata.jsonl does not exist" in result.stderr and "Traceback" not in result.stderr
-    assert "usage:" in run().stderr
+@pytest.mark.parametrize("moe", [False, True])
+def test_lora_adapts_the_decoder_only_and_merges_back(moe, processor, tmp_path):
+    pytest.importorskip("peft", reason="LoRA needs the extra `train`")
+    model = make_model(moe=moe)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    freeze(model, "sft")
+    model = add_lora(model, rank=4)
+    batch = MiniMindVDataCollator(processor)([{"messages": normalize_row(caption_row(picture(0)))}])
+    moving = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(("language_model" in name and "lora_" in name) or "multi_modal_projector" in name for name in moving)
+    assert len([name for name in moving if "lora_A" in name]) == (2 * 4 + 2 * 3)  # attention; FFN, or shared expert
+    optimizer = torch.optim.AdamW(moving.values(), lr=1e-2)
+    for _ in range(2):
+        model(**batch).loss.backward()
+        optimizer.step()
+    model.eval().save_pretrained(tmp_path / "adapter")
+    expected = model(**batch).logits
+    merged = merge_lora(make_model(moe=moe), tmp_path / "adapter")
+    assert type(merged).__name__ == "MiniMindVForConditionalGeneration"
+    assert merged.state_dict().keys() == make_model(moe=moe).state_dict().keys()
+    torch.testing.assert_close(merged(**batch).logits, expected, atol=1e-4, rtol=1e-4)
+    changed = {name for name, parameter in merged.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed and not any("vision_tower" in name for name in changed)

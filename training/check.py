@@ -1,20 +1,33 @@
 """Looks at training data before training does: what is there, what is broken, which tokens carry loss."""
 
 import argparse
+import base64
+import html
+import io
 import statistics
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoProcessor
 
+from ..image_loading_minimind_v import load_picture
 from .collator import MiniMindVDataCollator
-from .data import MiniMindVDataset
+from .data import MiniMindVDataset, pictures_of
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "checkpoints" / "minimind-v-emoji"
+HTML_ROWS = 100  # pictures stand in the page itself
 
 
-def check(data: Any, model: str | Path = EMBEDDED_MODEL, max_length: int | None = None, preview: int = 3) -> dict:
+def check(
+    data: Any,
+    model: str | Path = EMBEDDED_MODEL,
+    max_length: int | None = None,
+    preview: int = 3,
+    html_file: str | Path | None = None,
+    workers: int = 0,
+) -> dict[str, Any]:
     """Reads every row as training would.
 
     Args:
@@ -22,42 +35,106 @@ def check(data: Any, model: str | Path = EMBEDDED_MODEL, max_length: int | None 
         model: Whose processor to use.
         max_length: As for training.
         preview: Rows whose tokens are returned as text, with those that carry loss between guillemets.
+        html_file: Page to write: the first rows with their pictures, the tokens that carry loss marked, and what is
+            broken.
+        workers: Processes that read rows.
 
     Returns:
-        `rows`, `images`, `tokens` (of each good row), `broken` and `too_long` (row number -> reason), `preview`.
+        What [`inspect_rows`] returns, and `preview`.
     """
     dataset, processor = MiniMindVDataset(data), AutoProcessor.from_pretrained(model)
     collator = MiniMindVDataCollator(processor, max_length)
-    report: dict[str, Any] = {"rows": len(dataset), "images": 0, "tokens": [], "broken": {}, "too_long": {}}
-    report["preview"] = []
-    for number in tqdm(range(len(dataset)), desc="checking", unit="row"):
-        try:
-            row = collator.encode(dataset[number]["messages"])
-        except (OSError, ValueError, TypeError) as error:
-            kind = "too_long" if "positions. Shorten" in str(error) else "broken"
-            report[kind][number] = str(error)
-            continue
-        if len(row["input_ids"]) > collator.max_length:
-            report["too_long"][number] = f"{len(row['input_ids'])} tokens"
-            continue
-        report["tokens"].append(len(row["input_ids"]))
-        report["images"] += len(row.get("pixel_values", ()))
-        if len(report["preview"]) < preview:
-            report["preview"].append(show_loss(row, processor))
+    report = inspect_rows(dataset, collator, workers)
+    rejected = report["broken"].keys() | report["too_long"].keys()
+    good = [number for number in range(len(dataset)) if number not in rejected]
+    report["preview"] = [
+        "".join(f"«{text}»" if learned else text for text, learned in split_by_loss(dataset[number], collator))
+        for number in good[:preview]
+    ]
+    if html_file is not None:
+        Path(html_file).write_text(render_page(report, dataset, good[:HTML_ROWS], collator), encoding="utf-8")
     return report
 
 
-def show_loss(row: dict[str, Any], processor: Any) -> str:
-    """The row as text; «what carries loss»; image placeholders as one `[image]`."""
-    pieces, ids, learned = [], [], False
-    for token, label in [*zip(row["input_ids"], row["labels"], strict=True), (None, -100)]:
-        if ids and (token is None or (label != -100) != learned):
-            text = processor.tokenizer.decode(ids).replace(processor.image_placeholder, "[image]")
-            pieces.append(f"«{text}»" if learned else text)
-            ids = []
-        learned = label != -100
-        ids.append(token)
-    return "".join(pieces)
+def inspect_rows(dataset: Dataset, collator: MiniMindVDataCollator, workers: int = 0) -> dict[str, Any]:
+    """Encodes every row, keeping nothing of it but its size.
+
+    Returns:
+        `rows`, `images`, `tokens` (of each good row), `broken` and `too_long` (row number -> reason).
+    """
+    report: dict[str, Any] = {"rows": len(dataset), "images": 0, "tokens": [], "broken": {}, "too_long": {}}
+    sizes = DataLoader(_RowSizes(dataset, collator), batch_size=None, num_workers=workers)
+    for number, (tokens, images, reason) in enumerate(tqdm(sizes, desc="checking", unit="row")):
+        if reason is not None:
+            report["broken"][number] = reason
+        elif tokens > collator.max_length:
+            report["too_long"][number] = f"{tokens} tokens are more than {collator.max_length}"
+        else:
+            report["tokens"].append(tokens)
+            report["images"] += images
+    return report
+
+
+class _RowSizes(Dataset):
+    """Item: number of tokens, number of images, and what is wrong with the row or None."""
+
+    def __init__(self, dataset: Dataset, collator: MiniMindVDataCollator) -> None:
+        self.dataset, self.collator = dataset, collator
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, int, str | None]:
+        try:
+            row = self.collator.encode(self.dataset[index]["messages"])
+        except (OSError, ValueError, TypeError) as error:
+            return 0, 0, str(error).removeprefix(f"Row {index}: ")
+        return len(row["input_ids"]), len(row.get("pixel_values", ())), None
+
+
+def split_by_loss(item: dict[str, Any], collator: MiniMindVDataCollator) -> list[tuple[str, bool]]:
+    """The row's text in pieces, each with whether it carries loss; placeholders of an image as one `[image]`."""
+    row, processor = collator.encode(item["messages"]), collator.processor
+    pieces: list[tuple[list[int], bool]] = []
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        if not pieces or pieces[-1][1] != (label != -100):
+            pieces.append(([], label != -100))
+        pieces[-1][0].append(token)
+    placeholder = processor.image_placeholder
+    return [(processor.tokenizer.decode(ids).replace(placeholder, "[image]"), learned) for ids, learned in pieces]
+
+
+def render_page(report: dict[str, Any], dataset: Dataset, numbers: list[int], collator: MiniMindVDataCollator) -> str:
+    """HTML page of the given rows, complete in itself."""
+    lines = [
+        "<!DOCTYPE html><meta charset=utf-8><title>Training data</title>",
+        "<style>body{font:15px sans-serif;max-width:60em;margin:2em auto}pre{white-space:pre-wrap}",
+        "mark{background:#b7e4b0}img{max-height:160px;margin-right:8px}hr{border:0;border-top:1px solid #ccc}</style>",
+        f"<h1>{report['rows']} rows, {report['images']} images</h1>",
+        f"<p>{len(report['tokens'])} can be trained on, {len(report['too_long'])} are too long, "
+        f"{len(report['broken'])} broken. <mark>Marked</mark> tokens carry loss.</p>",
+    ]
+    for kind in ("broken", "too_long"):
+        lines += [f"<p>row {number}: {html.escape(reason)}</p>" for number, reason in report[kind].items()]
+    for number in numbers:
+        lines.append(f"<hr><h3>row {number}</h3>")
+        for picture in pictures_of(dataset[number]["messages"]):
+            thumbnail, buffer = load_picture(picture, f"an image of row {number}"), io.BytesIO()
+            thumbnail.thumbnail((320, 320))
+            thumbnail.save(buffer, "PNG")
+            lines.append(f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+        pieces = [
+            f"<mark>{html.escape(text)}</mark>" if learned else html.escape(text)
+            for text, learned in split_by_loss(dataset[number], collator)
+        ]
+        lines.append(f"<pre>{''.join(pieces)}</pre>")
+    return "\n".join(lines)
+
+
+def describe(broken: dict[int, str], limit: int = 20) -> str:
+    """Lines `row 3: reason`, and how many more there are."""
+    lines = [f"  row {number}: {reason}" for number, reason in list(broken.items())[:limit]]
+    return "\n".join(lines + [f"  and {len(broken) - limit} more"] * (len(broken) > limit))
 
 
 def main(arguments: list[str]) -> None:
@@ -66,8 +143,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="checkpoint whose processor is used")
     parser.add_argument("--max-length", type=int, help="as for training")
     parser.add_argument("--preview", type=int, default=3, help="rows to show in full")
+    parser.add_argument("--html", metavar="FILE", help="page to write, with pictures and marked tokens")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read rows")
     options = parser.parse_args(arguments)
-    report = check(options.data, options.model, options.max_length, options.preview)
+    report = check(options.data, options.model, options.max_length, options.preview, options.html, options.workers)
     good = report["tokens"]
     print(f"{report['rows']} rows, {report['images']} images")
     if good:
@@ -76,9 +155,11 @@ def main(arguments: list[str]) -> None:
         )
     for kind, title in (("too_long", "too long, left out whole"), ("broken", "broken")):
         print(f"{len(report[kind])} {title}")
-        for number, reason in list(report[kind].items())[:20]:
-            print(f"  row {number}: {reason}")
+        if report[kind]:
+            print(describe(report[kind]))
     for text in report["preview"]:
         print("\nTokens that carry loss stand between «»:\n" + text)
+    if options.html:
+        print(f"\nPage with pictures: {options.html}")
     if report["broken"]:
         raise SystemExit(1)

@@ -8,6 +8,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..processing_minimind_v import MiniMindVProcessor
+from .data import pictures_of
+from .image_features import ImageFeatureCache
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,8 @@ class MiniMindVDataCollator:
         max_length: Rows with more tokens are left out whole, never cut, and counted in `dropped`.
         packing: Put all rows of the batch into one, without padding. `position_ids` that start again keep them from
             attending to each other, by the library's own mechanism; the loss is that of the separate rows.
+        image_features: Filled cache of the tower's output, which then stands in `pixel_values`; the model's tower must
+            have been prepared by [`pass_features_through`].
         on_broken: What happens to rows with unreadable pictures or wrong counts: `"error"`, or `"skip"` (left out,
             reported in the log and in `dropped`).
 
@@ -40,23 +44,39 @@ class MiniMindVDataCollator:
         max_length: int | None = None,
         on_broken: Literal["error", "skip"] = "error",
         packing: bool = False,
+        image_features: ImageFeatureCache | None = None,
     ) -> None:
         self.processor = processor
         self.max_length = max_length or processor.tokenizer.model_max_length
         self.on_broken = on_broken
         self.packing = packing
+        self.image_features = image_features
         self.dropped: dict[Any, str] = {}
 
     def encode(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         """One chat: lists `input_ids` and `labels`, and `pixel_values` if it has pictures."""
-        encoded = self.processor.apply_chat_template(
-            [messages], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        self.processor.check_chat(messages)
+        # The text alone, with placeholders already as long as the images. The processor would encode it the same, but
+        # the pictures need not be opened when their features are at hand.
+        template = self.processor.chat_template.replace(self.processor.image_token, self.processor.image_placeholder)
+        encoded = self.processor.tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        ids, mask = list(encoded["input_ids"][0]), list(encoded["assistant_masks"][0])
+        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
         row = {"input_ids": ids, "labels": [token if keep else -100 for token, keep in zip(ids, mask, strict=True)]}
-        if "pixel_values" in encoded:
-            row["pixel_values"] = torch.stack([torch.as_tensor(image) for image in encoded["pixel_values"]])
+        if pictures := pictures_of(messages):
+            row["pixel_values"] = self.encode_pictures(pictures)
         return row
+
+    def encode_pictures(self, pictures: list[Any]) -> torch.Tensor:
+        """`[N, 3, height, width]`, or the tower's features `[N, positions, width]` where a cache has them."""
+        features = [self.image_features.get(picture) if self.image_features else None for picture in pictures]
+        if all(feature is not None for feature in features):
+            return torch.stack(features)
+        pixel_values = self.processor(images=[pictures], return_tensors="pt")["pixel_values"]
+        if self.image_features:
+            raise ValueError("a picture is not among the cached image features")
+        return pixel_values
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rows = []
@@ -68,7 +88,7 @@ class MiniMindVDataCollator:
                     reason = f"{len(row['input_ids'])} tokens are more than max_length ({self.max_length})"
             except (OSError, ValueError, TypeError) as error:
                 reason = str(error)
-                if self.on_broken == "error" and "positions. Shorten" not in reason:
+                if self.on_broken == "error":
                     raise ValueError(f"Row {number}: {reason}") from error
             if reason is None:
                 rows.append(row)

@@ -30,9 +30,12 @@ def read_rows(source: Any) -> tuple[Any, Path]:
         source: `.jsonl` or `.parquet` file, folder with `metadata.jsonl`, or any sequence of rows such as a
             `datasets.Dataset`.
 
+    Returns:
+        Rows as dicts, those of a `.jsonl` file as lines of text yet to be parsed.
+
     Raises:
         FileNotFoundError: The file or folder does not exist, or the folder has no `metadata.jsonl`.
-        ValueError: Another kind of file, or a line that is not JSON; the message names the line.
+        ValueError: Another kind of file.
     """
     if not isinstance(source, (str, Path)):
         return source, Path()
@@ -47,21 +50,22 @@ def read_rows(source: Any) -> tuple[Any, Path]:
         return datasets.Dataset.from_parquet(str(path)), path.parent
     if path.suffix != ".jsonl":
         raise ValueError(f"{path} must be a .jsonl or .parquet file, or a folder with metadata.jsonl.")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"Line {number + 1} of {path} is not JSON: {error}") from error
-    return rows, path.parent
+    # Not splitlines(), which also splits at characters that JSON strings may hold. Lines are parsed one by one, so
+    # that a broken one is one broken row.
+    return path.read_text(encoding="utf-8").rstrip("\n").split("\n"), path.parent
 
 
-def normalize_row(row: dict[str, Any], folder: Path = Path()) -> list[dict[str, Any]]:
+def normalize_row(row: dict[str, Any] | str, folder: Path = Path()) -> list[dict[str, Any]]:
     """Messages whose image parts hold their picture, from any of the schemas above.
 
     Raises:
-        ValueError: No known schema, no answer to train on, or images and their places differ in number.
+        ValueError: Not JSON, no known schema, turns of unknown or wrongly ordered roles, no answer to train on, or
+            images and their places differ in number.
     """
+    if isinstance(row, str):
+        row = json.loads(row)
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be an object with messages and images, not a {type(row).__name__}")
     if "messages" in row:
         messages, images = row["messages"], row.get("images")
     elif "conversations" in row:
@@ -79,6 +83,7 @@ def normalize_row(row: dict[str, Any], folder: Path = Path()) -> list[dict[str, 
             "a row needs messages and images, or conversations and image_bytes, or file_name and text; "
             f"it has {sorted(row)}"
         )
+    check_roles(messages)
     if images is None:
         images = []
     queue = list(images) if isinstance(images, (list, tuple)) else [images]
@@ -108,6 +113,23 @@ def normalize_row(row: dict[str, Any], folder: Path = Path()) -> list[dict[str, 
     return result
 
 
+def check_roles(messages: list[dict[str, Any]]) -> None:
+    """Turns must come as a chat has them: perhaps a system message, then user (or tool) before every assistant.
+
+    Raises:
+        ValueError: They do not; the message shows the roles.
+    """
+    roles = [message.get("role") if isinstance(message, dict) else message for message in messages]
+    known = all(role in ("user", "assistant", "tool") or (role == "system" and i == 0) for i, role in enumerate(roles))
+    starts = roles[1:] if roles[:1] == ["system"] else roles
+    pairs = zip(["assistant", *starts], starts, strict=False)
+    if not known or any(before == after == "assistant" for before, after in pairs):
+        raise ValueError(
+            "the roles of a chat must be system (only first), then user or tool before each assistant, "
+            f"but they are {roles[:12]}"
+        )
+
+
 def locate(image: Any, folder: Path) -> Any:
     """A path below `folder` if there is one; the bytes or path of a `datasets` image; anything else unchanged."""
     if isinstance(image, dict):
@@ -115,6 +137,13 @@ def locate(image: Any, folder: Path) -> Any:
     if isinstance(image, str) and (folder / image[:1000]).is_file():
         return str(folder / image)
     return image
+
+
+def pictures_of(messages: list[dict[str, Any]]) -> list[Any]:
+    """The pictures of normalised messages, in reading order."""
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    keys = ("image", "url", "path", "base64")
+    return [next(part[key] for key in keys if key in part) for part in parts if part["type"] == "image"]
 
 
 class MiniMindVDataset(Dataset):

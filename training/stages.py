@@ -1,11 +1,15 @@
 """What each training stage of the original moves: the tower never, the projector always, the decoder by stage."""
 
-from typing import Literal
+import warnings
+from pathlib import Path
+from typing import Any, Literal
 
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 
-# Learning rates of the original's scripts for MiniMind-3V.
-LEARNING_RATES = {"pretrain": 4e-4, "sft": 5e-6}
+# Of the original's scripts for MiniMind-3V; for LoRA, which the original has not, the usual one.
+LEARNING_RATES = {"pretrain": 4e-4, "sft": 5e-6, "lora": 2e-4}
+# PEFT's own "all-linear" would adapt the tower too. Routed experts are no Linear modules and stay as they are.
+LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
 def freeze(
@@ -34,3 +38,37 @@ def freeze(
     tower = model.model.vision_tower.eval()
     tower.train = lambda mode=True: tower
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def add_lora(model: MiniMindVForConditionalGeneration, rank: int) -> Any:
+    """Low-rank adapters (arXiv:2106.09685) in all linear layers of the decoder; the projector moves whole.
+
+    Returns:
+        PEFT model around `model`.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError('LoRA needs PEFT: pip install "minimind-v[train]"') from error
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=LORA_TARGETS,
+        modules_to_save=["multi_modal_projector"],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks the model for an attribute that has a new name
+        return get_peft_model(model, config)
+
+
+def merge_lora(model: MiniMindVForConditionalGeneration, adapter: str | Path) -> MiniMindVForConditionalGeneration:
+    """The model with the adapter of that folder added to its weights: an ordinary model again."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload()

@@ -1,26 +1,29 @@
 """The training command: transformers' Trainer on a MiniMind-V checkpoint and your own pictures."""
 
-import signal
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
+from torch.utils.data import Subset, random_split
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     HfArgumentParser,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
+from .callbacks import SampleAnswers, StopOnSignal
+from .check import describe, inspect_rows
 from .collator import MiniMindVDataCollator
 from .data import MiniMindVDataset
-from .stages import LEARNING_RATES, freeze
+from .image_features import ImageFeatureCache, pass_features_through
+from .report import plot_losses, write_model_card
+from .stages import LEARNING_RATES, add_lora, freeze, merge_lora
 
 
 @dataclass
@@ -29,22 +32,33 @@ class TrainArguments(TrainingArguments):
 
     model: str = field(default="", metadata={"help": "Checkpoint folder or Hub repository to start from."})
     data: str = field(default="", metadata={"help": "Training data: .jsonl, .parquet, or a folder of pictures."})
-    eval_data: str | None = field(default=None, metadata={"help": "Held-out data for the evaluation loss."})
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out data for loss and sample answers."})
+    eval_fraction: float = field(
+        default=0.0, metadata={"help": "Instead of eval_data: share of the data to hold out."}
+    )
+    num_samples: int = field(default=4, metadata={"help": "Held-out rows that are answered at every evaluation."})
     stage: Literal["pretrain", "sft"] = field(
         default="sft", metadata={"help": "pretrain: the projector only. sft: projector and decoder."}
     )
     freeze_llm: int = field(
         default=0, metadata={"help": "For sft: 0 trains all of the decoder, 1 its first and last layer, 2 none."}
     )
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "For sft: low-rank adapters in the decoder, merged into it at the end."}
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "Longer rows are left out whole; default: the model's positions."}
     )
     packing: bool = field(default=False, metadata={"help": "Put the rows of a batch into one, without padding."})
+    cache_image_features: str | None = field(
+        default=None, metadata={"help": "Folder that keeps the tower's output, so that it sees each picture once."}
+    )
+    check_data: bool = field(default=True, metadata={"help": "Read every row before the first step."})
     on_broken: Literal["error", "skip"] = field(
-        default="error", metadata={"help": "What to do with rows whose pictures cannot be read."}
+        default="error", metadata={"help": "Rows that cannot be used: list them and stop, or leave them out."}
     )
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Default: the original's, 4e-4 for pretrain and 5e-6 for sft."}
+        default=None, metadata={"help": "Default: the original's, 4e-4 for pretrain and 5e-6 for sft; LoRA: 2e-4."}
     )
     output_dir: str = field(default="minimind-v-output", metadata={"help": "Folder for checkpoints and the result."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows per step and device."})
@@ -62,33 +76,77 @@ class TrainArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not self.model or not self.data:
             raise ValueError("Name a checkpoint with --model and training data with --data.")
+        if self.lora_rank and (self.stage == "pretrain" or self.freeze_llm):
+            raise ValueError("--lora-rank adapts the whole decoder: use it with --stage sft and --freeze-llm 0.")
+        if not 0 <= self.eval_fraction < 1 or (self.eval_fraction and self.eval_data):
+            raise ValueError(
+                f"--eval-fraction must be from 0 to below 1, without --eval-data; got {self.eval_fraction}"
+            )
         if self.learning_rate is None:
-            self.learning_rate = LEARNING_RATES[self.stage]
+            self.learning_rate = LEARNING_RATES["lora" if self.lora_rank else self.stage]
+        if (self.eval_data or self.eval_fraction) and self.eval_strategy == "no":
+            self.eval_strategy = "epoch"
         super().__post_init__()
 
 
-class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM: finish the step, save a checkpoint, stop."""
+class MiniMindVTrainer(Trainer):
+    """transformers' Trainer; logs the router loss of a mixture of experts, which `loss` contains, also by itself."""
 
-    def __init__(self) -> None:
-        self.received: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.router_losses: list[torch.Tensor] = []
 
-    def receive(self, number: int, frame: Any) -> None:
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training and outputs.get("aux_loss") is not None:
+            self.router_losses.append(outputs["aux_loss"].detach())
+        return (loss, outputs) if return_outputs else loss
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        if self.received is not None:
-            control.should_save = control.should_training_stop = True
-        return control
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self.router_losses:
+            mean = torch.stack(self.router_losses).mean()
+            logs["router_loss"] = self.accelerator.gather(mean).mean().item()
+            self.router_losses.clear()
+        super().log(logs, *args, **kwargs)
+
+
+def usable_rows(dataset: MiniMindVDataset, collator: MiniMindVDataCollator, arguments: TrainArguments) -> Subset:
+    """The rows that can be trained on, found by encoding all of them once.
+
+    Raises:
+        ValueError: There are broken rows and `on_broken` is `"error"`, or there is no usable one.
+    """
+    first = arguments.process_index == 0
+    report = inspect_rows(dataset, collator, arguments.dataloader_num_workers) if first else None
+    report = broadcast_object_list([report])[0]
+    for kind, title in (("broken", "broken"), ("too_long", "too long")):
+        if found := report[kind]:
+            message = f"{len(found)} of {report['rows']} rows are {title}:\n{describe(found)}"
+            if kind == "broken" and arguments.on_broken == "error":
+                raise ValueError(f"{message}\nMend them, or leave them out with --on-broken skip.")
+            collator.dropped |= found
+            if first:
+                print(f"{message}\nThey are left out.")
+    good = [number for number in range(report["rows"]) if number not in collator.dropped]
+    if not good:
+        raise ValueError(f"None of the {report['rows']} rows can be trained on. See the reasons above.")
+    return Subset(dataset, good)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest complete checkpoint of a run; the library's function also takes one whose writing was cut off."""
+    checkpoints = Path(folder).glob("checkpoint-*")
+    for path in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            TrainerState.load_from_json(path / "trainer_state.json")  # written last
+            return str(path)
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def train(arguments: TrainArguments) -> Trainer:
-    """Runs a training stage; the finished model, its processor and the metrics are in `output_dir`.
+    """Runs a training stage; `output_dir` then holds the model, its processor and card, metrics and the loss curve.
 
     Returns:
         The trainer, after training.
@@ -100,37 +158,89 @@ def train(arguments: TrainArguments) -> Trainer:
     transformers.set_seed(arguments.seed)
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="float32")
     processor = AutoProcessor.from_pretrained(arguments.model)
-    moving = freeze(model, arguments.stage, arguments.freeze_llm)
-    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    print(f"Stage {arguments.stage}: {count / 1e6:.2f}M of {model.num_parameters() / 1e6:.2f}M parameters move, "
-          f"{moving[0]} to {moving[-1]}")  # fmt: skip
-    collator = MiniMindVDataCollator(processor, arguments.max_length, arguments.on_broken, arguments.packing)
+    freeze(model, arguments.stage, arguments.freeze_llm)
+
+    dataset = MiniMindVDataset(arguments.data)
+    held_out = MiniMindVDataset(arguments.eval_data) if arguments.eval_data else None
+    cache = None
+    if arguments.cache_image_features:
+        dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+        cache = ImageFeatureCache(arguments.cache_image_features, model, processor, dtype)
+        if arguments.process_index == 0:
+            model.model.vision_tower.to(arguments.device)
+            for rows in filter(None, (dataset, held_out)):
+                cache.fill(rows, workers=arguments.dataloader_num_workers)
+        torch.distributed.is_initialized() and torch.distributed.barrier()
+        cache.refresh()
+        pass_features_through(model)
+    collator = MiniMindVDataCollator(
+        processor, arguments.max_length, arguments.on_broken, arguments.packing, image_features=cache
+    )
+    if arguments.check_data:
+        dataset = usable_rows(dataset, collator, arguments)
+        held_out = held_out and usable_rows(held_out, collator, arguments)
+    left_out = len(collator.dropped)
+    if arguments.eval_fraction:
+        count = max(1, round(arguments.eval_fraction * len(dataset)))
+        generator = torch.Generator().manual_seed(arguments.data_seed or arguments.seed)
+        dataset, held_out = random_split(dataset, [len(dataset) - count, count], generator)
+
+    if arguments.lora_rank:
+        model = add_lora(model, arguments.lora_rank)
     stop = StopOnSignal()
-    trainer = Trainer(
+    callbacks = [stop]
+    if held_out is not None:
+        callbacks.append(SampleAnswers(held_out, processor, arguments.num_samples))
+    trainer = MiniMindVTrainer(
         model,
         arguments,
         data_collator=collator,
-        train_dataset=MiniMindVDataset(arguments.data),
-        eval_dataset=MiniMindVDataset(arguments.eval_data) if arguments.eval_data else None,
+        train_dataset=dataset,
+        eval_dataset=held_out,
         processing_class=processor,
-        callbacks=[stop],
+        callbacks=callbacks,
     )
+    if trainer.is_world_process_zero():
+        moving = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        every = sum(parameter.numel() for parameter in model.parameters())
+        print(f"Stage {arguments.stage}: {moving / 1e6:.2f}M of {every / 1e6:.2f}M parameters move; "
+              f"{len(dataset)} rows")  # fmt: skip
     resume = arguments.resume_from_checkpoint
     if resume in ("True", "true", "latest"):
-        resume = get_last_checkpoint(arguments.output_dir)
+        resume = last_checkpoint(arguments.output_dir)
     result = trainer.train(resume_from_checkpoint=resume)
     if stop.received is not None:
         raise SystemExit(
             f"Stopped after step {trainer.state.global_step}; the checkpoint is saved. Go on with the same command "
             "and --resume-from-checkpoint latest."
         )
-    trainer.save_model()
-    trainer.save_state()
-    metrics = result.metrics | {"rows_left_out": len(collator.dropped)}
-    if arguments.eval_data:
-        metrics |= trainer.evaluate()
-    trainer.save_metrics("all", metrics)
+    metrics = result.metrics | {"rows_left_out": max(left_out, len(collator.dropped))}
+    if held_out is not None:
+        evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        fresh = evaluated and evaluated[-1]["step"] == trainer.state.global_step
+        metrics |= evaluated[-1] if fresh else trainer.evaluate()
+    save(trainer, metrics)
     return trainer
+
+
+def save(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Writes the result of a finished training into its `output_dir`."""
+    arguments = trainer.args
+    folder = Path(arguments.output_dir)
+    if arguments.lora_rank:
+        trainer.save_model(folder / "adapter")
+        if trainer.is_world_process_zero():
+            # From the files, because the weights in memory may be spread over processes.
+            base = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="float32")
+            merge_lora(base, folder / "adapter").save_pretrained(folder)
+            trainer.processing_class.save_pretrained(folder)
+    else:
+        trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("all", metrics)
+    if trainer.is_world_process_zero():
+        plot_losses(trainer.state.log_history, folder / "loss_curve.png")
+        write_model_card(trainer, metrics)
 
 
 def main(arguments: list[str]) -> None:

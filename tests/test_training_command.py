@@ -1,0 +1,187 @@
+"""The commands `check` and `train` as users run them, and what a training leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CHECKPOINT, caption_row, make_model, png, write_jsonl
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import pipeline
+
+from minimind_v.training.check import check
+from minimind_v.training.train import TrainArguments, last_checkpoint, train
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-m", "minimind_v.training", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, **options)
+
+
+def test_check_reports_what_training_would_meet(folder, processor, tmp_path):
+    rows = [caption_row(f"{seed}.png") for seed in range(3)]
+    rows += [caption_row("missing.png"), caption_row("0.png", answer="long " * 400), {"messages": []}]
+    data = write_jsonl(folder / "rows.jsonl", rows)
+    report = check(data, CHECKPOINT, max_length=128)
+    assert report["rows"] == 6 and report["images"] == 3 and len(report["tokens"]) == 3
+    assert report["broken"].keys() == {3, 5} and report["too_long"].keys() == {4}
+    assert report["preview"][0] == (
+        "<|im_start|>user\n[image]What is this?<|im_end|>\n<|im_start|>assistant\n«A cat.<|im_end|>\n»"
+    )
+    result = run("check", data, "--max-length", 128)
+    assert result.returncode == 1 and "2 broken" in result.stdout and "row 3: image 0 of sample 0" in result.stdout
+
+
+def test_check_writes_a_page(folder, tmp_path):
+    rows = [caption_row("0.png", question="<b>What</b>?"), caption_row("missing.png")]
+    data = write_jsonl(folder / "rows.jsonl", rows)
+    result = run("check", data, "--html", tmp_path / "page.html", "--workers", 1)
+    assert result.returncode == 1 and "page.html" in result.stdout, result.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert "<mark>A cat.&lt;|im_end|&gt;" in page and "&lt;b&gt;What&lt;/b&gt;?" in page and "<b>" not in page
+    assert page.count('<img src="data:image/png;base64,') == 1 and "row 1: image 0 of sample 0" in page
+
+
+TRAIN = ["--stage", "sft", "--learning-rate", "1e-3", "--per-device-train-batch-size", "2", "--use-cpu", "true"]
+TRAIN += ["--max-steps", "12", "--logging-steps", "1", "--save-steps", "5", "--seed", "1"]
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGKILL"])
+def test_interrupted_and_resumed_training_is_bit_identical(signal_name, folder, tmp_path):
+    command = ["train", "--model", CHECKPOINT, "--data", folder, *TRAIN]
+    whole = run(*command, "--output-dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+
+    command += ["--output-dir", tmp_path / "parts"]
+    interrupted = [sys.executable, "-m", "minimind_v.training", *map(str, command)]
+    process = subprocess.Popen(interrupted, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    losses = 0
+    for line in process.stdout:
+        losses += "'loss'" in line
+        if losses == (1 if signal_name == "SIGTERM" else 7):  # a step after the checkpoint of step 5
+            process.send_signal(getattr(signal, signal_name))
+            break
+    rest = process.stdout.read()
+    saved = sorted(os.listdir(tmp_path / "parts"))
+    if signal_name == "SIGTERM":
+        assert process.wait(timeout=100) == 1 and "the checkpoint is saved. Go on with the same command" in rest
+        assert len(saved) == 1 and 1 <= int(saved[0].split("-")[1]) < 12
+    else:
+        assert process.wait(timeout=100) == -signal.SIGKILL and "checkpoint-5" in saved and "config.json" not in saved
+        (tmp_path / "parts" / "checkpoint-11").mkdir()  # as one whose writing was cut off
+        assert last_checkpoint(tmp_path / "parts").endswith(("checkpoint-5", "checkpoint-10"))
+    second = run(*command, "--resume-from-checkpoint", "latest")
+    assert second.returncode == 0, second.stderr[-2000:]
+
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    histories = []
+    for name in ("whole", "parts"):
+        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
+        histories.append([(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry])
+    assert histories[0] == histories[1] and len(histories[0]) == 12
+    tower = load_file(CHECKPOINT / "model.safetensors")
+    for name, tensor in weights[0].items():
+        assert ("vision_tower" not in name) or torch.equal(tensor, tower[name].float())
+
+
+def test_a_training_leaves_a_model_with_its_story(folder, tmp_path):
+    """Held-out loss and answers, cached features, LoRA, TensorBoard, curve and card, in one run."""
+    pytest.importorskip("peft", reason="LoRA needs the extra `train`")
+    pytest.importorskip("matplotlib", reason="the loss curve needs the extra `train`")
+    pytest.importorskip("tensorboard", reason="logging needs the extra `train`")
+    command = ["train", "--model", CHECKPOINT, "--data", folder, *TRAIN, "--output-dir", tmp_path / "out"]
+    command += ["--eval-fraction", "0.34", "--cache-image-features", tmp_path / "features", "--lora-rank", "4"]
+    result = run(*command, "--report-to", "tensorboard", "--eval-strategy", "steps", "--eval-steps", "6")
+    assert result.returncode == 0, result.stderr[-2000:]
+    out = tmp_path / "out"
+    metrics = json.loads((out / "all_results.json").read_text())
+    assert {"train_loss", "eval_loss", "rows_left_out"} <= metrics.keys()
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [6, 6, 12, 12]
+    assert all(sample["expected"] == f"Picture {sample['row']}." for sample in samples)
+    assert list((out / "runs").rglob("events.out.tfevents*"))
+    assert (out / "loss_curve.png").stat().st_size > 5000
+    card = (out / "README.md").read_text()
+    assert "LoRA of rank 4" in card and f"{metrics['eval_loss']:.4f}" in card and "loss_curve.png" in card
+    assert len(list((tmp_path / "features").rglob("*.safetensors"))) == 1
+    # the merged model answers as at the last evaluation, from the files alone
+    caption = pipeline("image-to-text", model=str(out), trust_remote_code=True)
+    answers = [caption(str(folder / f"{sample['row']}.png"))[0]["generated_text"] for sample in samples[2:]]
+    assert answers == [sample["answer"].strip() for sample in samples[2:]]
+    assert "FutureWarning" not in result.stderr
+
+
+def arguments(tmp_path, model, data, **changes):
+    options = {"learning_rate": 3e-3, "use_cpu": True, "report_to": "none", "logging_steps": 1, "save_strategy": "no"}
+    return TrainArguments(model=str(model), data=str(data), output_dir=str(tmp_path / "out"), **options | changes)
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_sixteen_pictures_are_learned_exactly(moe, processor, tmp_path):
+    """From random weights, with a tower that never moves: every greedy caption is exact."""
+    model = make_model(moe=moe, hidden_size=64, intermediate_size=128)
+    model.generation_config.update(eos_token_id=2, max_new_tokens=16)
+    model.save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    rows = []
+    for seed in range(16):
+        (tmp_path / f"{seed}.png").write_bytes(png(seed))
+        rows.append({"file_name": f"{seed}.png", "text": f"{seed * 37} 图片 is here."})
+    write_jsonl(tmp_path / "metadata.jsonl", rows)
+    options = {"num_train_epochs": 150, "per_device_train_batch_size": 8, "packing": True}
+    trainer = train(arguments(tmp_path, tmp_path / "start", tmp_path, **options))
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if moe:
+        assert all(entry["router_loss"] > 0 for entry in losses)
+    else:
+        assert "router_loss" not in losses[0]
+    caption = pipeline("image-to-text", model=str(tmp_path / "out"), trust_remote_code=True)
+    answers = [caption(str(tmp_path / row["file_name"]), max_new_tokens=16)[0]["generated_text"] for row in rows]
+    exact = sum(answer == row["text"] for answer, row in zip(answers, rows, strict=True))
+    assert exact / 16 > 0.95, answers
+
+
+def test_broken_rows_are_found_before_the_first_step(folder, tmp_path, capsys):
+    lines = [json.dumps(caption_row(f"{seed}.png", "What is this?", f"Picture {seed}.")) for seed in range(6)]
+    lines += ["{broken", json.dumps(caption_row("missing.png")), json.dumps(caption_row("0.png", answer="long " * 99))]
+    roles = [{"role": "assistant", "content": "A"}, {"role": "assistant", "content": "B"}]
+    lines += [json.dumps({"messages": roles}), json.dumps(caption_row("0.png") | {"images": []})]
+    Image.new("1", (20000, 10000)).save(folder / "huge.png")
+    lines += [json.dumps(caption_row("huge.png"))]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    options = {"max_steps": 2, "max_length": 60}
+    with pytest.raises(ValueError, match="5 of 12 rows are broken") as error:
+        train(arguments(tmp_path, CHECKPOINT, folder / "rows.jsonl", **options))
+    reasons = ["row 6: Expecting property name", "row 7: image 0 of sample 0", "row 9: the roles of a chat must be"]
+    reasons += ["row 10: the text has places for 1 images", "row 11: image 0 of sample 0", "--on-broken skip"]
+    assert all(reason in str(error.value) for reason in reasons)
+    assert "has more than 89478485 pixels and was not decoded" in str(error.value)
+    trainer = train(arguments(tmp_path, CHECKPOINT, folder / "rows.jsonl", on_broken="skip", **options))
+    assert len(trainer.train_dataset) == 6 and "row 8: " in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["rows_left_out"] == 6
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lora_rank": 4, "stage": "pretrain"}, "--lora-rank adapts the whole decoder"),
+        ({"eval_fraction": 1.5}, "--eval-fraction must be from 0 to below 1"),
+        ({"data": ""}, "Name a checkpoint with --model"),
+    ],
+)
+def test_options_that_contradict_each_other(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, options.pop("model", CHECKPOINT), options.pop("data", tmp_path), **options)
+
+
+def test_train_errors_are_one_line(tmp_path):
+    result = run("train", "--model", CHECKPOINT, "--data", tmp_path, "--output-dir", tmp_path / "out")
+    assert result.returncode == 1 and result.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "metadata.jsonl does not exist" in result.stderr and "Traceback" not in result.stderr
+    assert "usage:" in run().stderr
