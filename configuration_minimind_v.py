@@ -77,6 +77,8 @@ class MiniMindConfig(Qwen3MoeConfig):
             self.intermediate_size = 64 * math.ceil(math.pi * self.hidden_size / 64)
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
+        if not self.use_moe:
+            self.router_aux_loss_coef = 0.0  # TRL asks every model that has this field, and not 0, for its router loss
         self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
         if self.num_attention_heads % self.num_key_value_heads:

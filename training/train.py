@@ -70,6 +70,9 @@ class TrainArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Default: where there is a GPU."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Not needed: every step uses every parameter, also a batch without pictures."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
 
