@@ -62,7 +62,7 @@ class TrainArguments(TrainingArguments):
     )
     output_dir: str = field(default="minimind-v-output", metadata={"help": "Folder for checkpoints and the result."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows per step and device."})
-    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "The original's: cosine to 10 %."})
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "The original's: cosine to 10 %%."})
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: the collator needs the chat."}

@@ -1,0 +1,196 @@
+"""Captions of many pictures: what is read, what is written, and how several processes share the work."""
+
+import contextlib
+import functools
+import glob
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import BatchFeature
+
+from ..image_loading_minimind_v import load_picture
+from .engine import EMBEDDED_MODEL, Engine, encode, note, question, start_process
+
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
+FIELDS = ("image", "prompt", "model", "caption")
+
+
+def find_pictures(names: Iterable[str]) -> list[str]:
+    """All pictures that are meant, in order and once each: a folder is searched, subfolders too, a pattern filled in.
+
+    A name that is neither stays as it is: a file, a URL, or a mistake that reading it will show.
+
+    Raises:
+        FileNotFoundError: Nothing in a folder, or for a pattern.
+    """
+    Image.init()
+    endings = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    pictures: list[str] = []
+    for name in names:
+        found = [name]
+        if os.path.isdir(name):
+            files = glob.iglob(os.path.join(glob.escape(name), "**", "*"), recursive=True)
+            found = sorted(file for file in files if file.lower().endswith(endings))
+        elif glob.has_magic(name) and not os.path.exists(name) and not name.startswith(("http", "data:")):
+            found = sorted(glob.glob(os.path.expanduser(name), recursive=True))
+        if not found:
+            raise FileNotFoundError(f"No pictures were found for {name}. Name files, folders, patterns or URLs.")
+        pictures += found
+    return list(dict.fromkeys(pictures))
+
+
+def read_batch(
+    names: list[str], processor: Any, prompt: str, template_options: dict[str, Any]
+) -> tuple[list[str], BatchFeature | None, list[str]]:
+    """Names of the pictures that can be read, their model inputs, and what is wrong with the others."""
+    good, chats, errors = [], [], []
+    for name in names:
+        try:
+            chats.append([question([load_picture(name)], prompt)])
+            good.append(name)
+        except (OSError, ValueError) as error:
+            errors.append(" ".join(str(error).split()))
+    return good, encode(processor, chats, template_options) if chats else None, errors
+
+
+def read_records(path: Path) -> list[dict[str, str]]:
+    """The lines of a file of captions; a last line whose writing was cut off is removed from it.
+
+    Raises:
+        ValueError: The file is something else. It is left as it is.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    start, rest = b'{"image": ', content[len(whole) :]
+    try:
+        records = [json.loads(line) for line in whole.decode(**TEXT).splitlines()]
+    except ValueError:
+        records = [None]
+    is_ours = all(isinstance(record, dict) and set(FIELDS) <= record.keys() for record in records)
+    if not is_ours or rest[: len(start)] != start[: len(rest)]:
+        raise ValueError(f"{path} holds something else than captions and is left as it is. Choose another --output.")
+    if rest:
+        os.truncate(path, len(whole))
+    return records
+
+
+def merge(output: Path, pictures: list[str]) -> list[dict[str, str]]:
+    """Moves what several processes have written, also before an interruption, into the output, in input order."""
+    records = read_records(output)
+    parts = sorted(output.parent.glob(f"{glob.escape(output.name)}.part-*"))
+    if parts:
+        records += [record for part in parts for record in read_records(part)]
+        records = list({key(record): record for record in records}.values())
+        order = {picture: number for number, picture in enumerate(pictures)}
+        records.sort(key=lambda record: order.get(record["image"], -1))
+        complete = output.with_name(f"{output.name}.merging")
+        complete.write_text("".join(map(to_line, records)), **TEXT)
+        os.replace(complete, output)
+        for part in parts:
+            part.unlink()
+    return records
+
+
+def key(record: dict[str, str]) -> tuple[str, ...]:
+    return record["image"], record["prompt"], record["model"]
+
+
+def to_line(record: dict[str, str]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def caption_batches(
+    engine: Engine, pictures: list[str], prompt: str, batch_size: int, workers: int = 0
+) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """Captions of the pictures of one batch after the other, and what is wrong with those that cannot be read."""
+    read = functools.partial(
+        read_batch, processor=engine.processor, prompt=prompt, template_options=engine.template_options
+    )
+    loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=read, worker_init_fn=ignore_interruption)
+    for names, inputs, errors in loader:
+        yield dict(zip(names, engine.answer(inputs), strict=True)) if names else {}, errors
+
+
+def ignore_interruption(_worker: int) -> None:
+    """Ctrl-C is for the main process, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def caption_pictures(
+    pictures: list[str],
+    prompt: str,
+    output: Path | None = None,
+    batch_size: int = 8,
+    workers: int = 0,
+    options: dict[str, Any] | None = None,
+) -> int:
+    """Writes one JSON line per picture, to `output` or else to stdout; reports pictures that cannot be read on stderr.
+
+    Under `accelerate launch`, every process takes its share and writes a file of its own; at the end they become one,
+    in the order of `pictures`.
+
+    Args:
+        pictures: Paths or URLs.
+        prompt: What to ask about each.
+        output: What it has already, of this prompt and model, is skipped.
+        batch_size: Pictures per call of the model.
+        workers: Processes that read pictures ahead.
+        options: Of [`Engine`].
+
+    Returns:
+        Number of pictures that could not be read, in all processes.
+
+    Raises:
+        ValueError: The output is not a file of captions, or there are several processes and no output.
+    """
+    options = options or {}
+    state = start_process(options.get("device", "auto"))
+    several, model = state.num_processes > 1, options.get("model") or EMBEDDED_MODEL.name
+    left = pictures
+    if output is None and several:
+        raise ValueError("Several processes cannot share the terminal. Name a file with --output.")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if state.is_main_process:
+            merge(output, pictures)
+        state.wait_for_everyone()
+        done = {key(record) for record in read_records(output)}
+        left = [picture for picture in pictures if (picture, prompt, model) not in done]
+        if len(left) < len(pictures) and state.is_main_process:
+            note(f"{len(pictures) - len(left)} of {len(pictures)} pictures are in {output} already.")
+
+    broken, part = 0, output.with_name(f"{output.name}.part-{state.process_index}") if several else output
+    # A bar would stand between the lines of a terminal; `None` hides it where stderr is none.
+    hidden = None if len(left) > batch_size and (output or not sys.stdout.isatty()) else True
+    with (
+        state.split_between_processes(left) as mine,
+        open(part, "a", **TEXT) if part else contextlib.nullcontext(sys.stdout) as file,
+        tqdm(total=len(mine), unit="picture", disable=hidden if state.is_local_main_process else True) as bar,
+    ):
+        engine = Engine(**options) if mine else None
+        for captions, errors in caption_batches(engine, mine, prompt, batch_size, workers) if engine else ():
+            for picture, text in captions.items():
+                file.write(to_line(dict(zip(FIELDS, (picture, prompt, model, text), strict=True))))
+            file.flush()  # so that an interruption loses no more than a batch
+            for error in errors:
+                bar.write(f"error: {error}", file=sys.stderr)
+            broken += len(errors)
+            bar.update(len(captions) + len(errors))
+    if engine:
+        engine.report_speed()
+    broken = sum(gather_object([broken]))
+    if several and state.is_main_process:
+        merge(output, pictures)
+    state.wait_for_everyone()
+    return broken

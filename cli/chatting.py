@@ -1,0 +1,71 @@
+"""A conversation in the terminal, and single questions about several pictures."""
+
+import contextlib
+import os
+import sys
+from typing import Any
+
+from ..image_loading_minimind_v import load_picture
+from .engine import Engine, encode, note, question
+
+HELP = """\
+/image PATH   add a picture (file or URL) to the next question; several are possible
+/reset        forget the conversation
+/help         this text
+/exit         end (or Ctrl-D); Ctrl-C stops an answer"""
+
+
+def ask_once(pictures: list[str], text: str, options: dict[str, Any]) -> None:
+    """Prints the answer to one question about some pictures."""
+    chat = [question([load_picture(picture) for picture in pictures], text)]
+    engine = Engine(**options)
+    engine.answer(encode(engine.processor, [chat], engine.template_options), stream=True)
+    engine.report_speed()
+
+
+def talk(images: list[str], options: dict[str, Any]) -> None:
+    """Asks for questions until the end of the input; answers are printed as they come.
+
+    Args:
+        images: Pictures for the first question.
+        options: Of [`Engine`].
+    """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() then has a line editor and a history
+    pending, chat = [load_picture(image) for image in images], []
+    engine = Engine(**options)
+    note("Ask a question; /image PATH adds a picture to it, /help shows more.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        name, _, argument = line.partition(" ")
+        if name == "/exit":
+            return
+        if name == "/help":
+            print(HELP)
+        elif name == "/reset":
+            pending, chat = [], []
+            note("A new conversation.")
+        elif name == "/image":
+            try:
+                pending.append(load_picture(os.path.expanduser(argument.strip(" '\""))))
+                note(f"Images for the next question: {len(pending)}.")
+            except (OSError, ValueError) as error:
+                print(f"error: {error}", file=sys.stderr)
+        elif name.startswith("/"):
+            print(f"error: There is no command {name}; /help lists them.", file=sys.stderr)
+        elif line:
+            turn = question(pending, line)
+            try:
+                answer = engine.answer(encode(engine.processor, [[*chat, turn]], engine.template_options), stream=True)
+            except ValueError as error:
+                print(f"error: {error} (/reset forgets the conversation.)", file=sys.stderr)
+            except KeyboardInterrupt:
+                note("\nStopped. The question is forgotten.")
+            else:
+                chat += [turn, {"role": "assistant", "content": answer[0]}]
+                pending = []
+                engine.report_speed()

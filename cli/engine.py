@@ -1,0 +1,155 @@
+"""A checkpoint that answers: what `caption`, `chat` and `compare` share."""
+
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from accelerate import PartialState
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BatchFeature,
+    TextStreamer,
+    set_seed,
+)
+from transformers.utils import logging
+
+from ..conversion.convert import count_parameters
+
+EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "checkpoints" / "minimind-v-emoji"
+DEFAULT_MAX_NEW_TOKENS = 512  # the original's
+
+
+def note(text: str) -> None:
+    """What is not the result itself goes to stderr, dimmed in a terminal."""
+    typer.secho(text, dim=True, err=True)
+
+
+def start_process(device: str) -> PartialState:
+    """The device of this process, one of several under `accelerate launch`.
+
+    Raises:
+        ValueError: This machine has no such device.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device, True):
+        raise ValueError(f"PyTorch finds no {device} device on this machine. Leave out --device, or take cpu.")
+    on_cpu = device == "cpu" or not (available["cuda"] or available["mps"])
+    # Processes wait for each other at the end only, however long one takes.
+    return PartialState(cpu=on_cpu, timeout=timedelta(days=30))
+
+
+class Engine:
+    """Model, processor and generation settings.
+
+    Args:
+        model: Checkpoint folder or Hub repository; left out, the embedded one.
+        greedy, temperature, top_p, top_k, repetition_penalty, max_new_tokens: As for `generate`. Left out, the
+            original's: temperature 0.65, top-p 0.85, 512 new tokens if the checkpoint names no number itself.
+        seed: For sampling.
+        thinking: Value for the chat template's switch; left out, the template's default.
+        device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.
+        dtype: Name of a torch dtype; `"auto"` is float32 on a CPU and elsewhere the checkpoint's.
+        compile: Static cache and compiled forward.
+
+    Raises:
+        ValueError: Not a vision-language checkpoint of this package, no such device, or no switch for thinking.
+        OSError: There is no such checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        greedy: bool = False,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        repetition_penalty: float | None = None,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        thinking: bool | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        compile: bool = False,
+    ) -> None:
+        logging.disable_progress_bar()
+        self.device = start_process(device).device
+        if dtype == "auto" and self.device.type == "cpu":
+            dtype = "float32"
+        source = model or EMBEDDED_MODEL
+        kind = AutoConfig.from_pretrained(source).model_type
+        if kind != "minimind_v":
+            raise ValueError(f"{source} is a {kind} model, not a vision-language one of this package (minimind_v).")
+        self.model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(self.device).eval()
+        self.processor = AutoProcessor.from_pretrained(source)
+
+        config = self.model.generation_config
+        config.do_sample = not greedy
+        config.temperature = None if greedy else temperature or 0.65
+        config.top_p = None if greedy else 0.85 if top_p is None else top_p
+        config.top_k = None if greedy else top_k or 50
+        config.repetition_penalty = repetition_penalty or config.repetition_penalty
+        config.max_new_tokens = max_new_tokens or config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+        if seed is not None:
+            set_seed(seed)
+
+        # MiniMind-3 has one name for it, MiniMind2 the other.
+        switches = [n for n in ("open_thinking", "enable_thinking") if n in (self.processor.chat_template or "")]
+        if thinking is not None and not switches:
+            raise ValueError(f"{source} has no switch for thinking in its chat template. Leave out --(no-)thinking.")
+        self.template_options = {} if thinking is None else dict.fromkeys(switches, thinking)
+
+        if compile:
+            config.cache_implementation = "static"  # with it, generate() compiles by itself, but not on a CPU
+            if self.device.type == "cpu":
+                self.model.forward = torch.compile(self.model.forward)
+        self.tokens, self.seconds = 0, 0.0
+        parts = count_parameters(self.model)
+        total = sum(count for part, count in parts.items() if part != "active")
+        details = ", ".join(f"{part.lower()} {count / 1e6:.2f}M" for part, count in parts.items())
+        name, computes = Path(source).resolve().name, str(self.model.dtype).removeprefix("torch.")
+        note(f"{name}: {total / 1e6:.2f}M parameters ({details}), {self.device}, {computes}")
+
+    def answer(self, inputs: BatchFeature, stream: bool = False) -> list[str]:
+        """Answers a left-padded batch of chats, as [`encode`] makes it; with `stream`, one, printed as it comes."""
+        length = inputs["input_ids"].shape[1]
+        positions = self.model.config.text_config.max_position_embeddings
+        longest = max(1, min(self.model.generation_config.max_new_tokens, positions - length))
+        streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        start = time.perf_counter()
+        sequences = self.model.generate(
+            **inputs.to(self.device), max_new_tokens=longest, streamer=streamer if stream else None
+        )
+        answers = sequences[:, length:].cpu()
+        self.seconds += time.perf_counter() - start
+        self.tokens += int((answers != self.processor.tokenizer.pad_token_id).sum())
+        return [text.strip() for text in self.processor.batch_decode(answers, skip_special_tokens=True)]
+
+    def report_speed(self) -> None:
+        """Prints the number of tokens since the last report, and how many a second that was."""
+        note(f"{self.tokens} tokens, {self.tokens / max(self.seconds, 1e-9):.1f} tokens/s")
+        self.tokens, self.seconds = 0, 0.0
+
+
+def encode(processor: Any, chats: list[list[dict]], template_options: dict[str, Any] | None = None) -> BatchFeature:
+    """Chats to a left-padded batch of model inputs."""
+    return processor.apply_chat_template(
+        chats,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+        **template_options or {},
+    )
+
+
+def question(pictures: list[Any], text: str) -> dict[str, Any]:
+    """A user's message: pictures, then text."""
+    content = [{"type": "image", "image": picture} for picture in pictures]
+    return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
