@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import BatchFeature
 
 from ..image_loading_minimind_v import load_picture
-from .engine import EMBEDDED_MODEL, Engine, encode, note, question, start_process
+from .engine import EMBEDDED_MODEL, Engine, encode, note, question, report_speed, start_process
 
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
 FIELDS = ("image", "prompt", "model", "caption")
@@ -74,7 +74,7 @@ def read_records(path: Path) -> list[dict[str, str]]:
     whole = content[: content.rfind(b"\n") + 1]
     start, rest = b'{"image": ', content[len(whole) :]
     try:
-        records = [json.loads(line) for line in whole.decode(**TEXT).splitlines()]
+        records = [json.loads(line.decode(**TEXT)) for line in whole.splitlines()]
     except ValueError:
         records = [None]
     is_ours = all(isinstance(record, dict) and set(FIELDS) <= record.keys() for record in records)
@@ -173,12 +173,12 @@ def caption_pictures(
     broken, part = 0, output.with_name(f"{output.name}.part-{state.process_index}") if several else output
     # A bar would stand between the lines of a terminal; `None` hides it where stderr is none.
     hidden = None if len(left) > batch_size and (output or not sys.stdout.isatty()) else True
+    with state.split_between_processes(left) as mine:
+        engine = Engine(**options) if mine else None
     with (
-        state.split_between_processes(left) as mine,
         open(part, "a", **TEXT) if part else contextlib.nullcontext(sys.stdout) as file,
         tqdm(total=len(mine), unit="picture", disable=hidden if state.is_local_main_process else True) as bar,
     ):
-        engine = Engine(**options) if mine else None
         for captions, errors in caption_batches(engine, mine, prompt, batch_size, workers) if engine else ():
             for picture, text in captions.items():
                 file.write(to_line(dict(zip(FIELDS, (picture, prompt, model, text), strict=True))))
@@ -187,10 +187,11 @@ def caption_pictures(
                 bar.write(f"error: {error}", file=sys.stderr)
             broken += len(errors)
             bar.update(len(captions) + len(errors))
-    if engine:
-        engine.report_speed()
-    broken = sum(gather_object([broken]))
+    counts = gather_object([(broken, engine.tokens, engine.seconds) if engine else (0, 0, 0.0)])
+    broken, tokens, seconds = zip(*counts, strict=True)
     if several and state.is_main_process:
         merge(output, pictures)
+    if state.is_main_process and any(tokens):
+        report_speed(sum(tokens), max(seconds))
     state.wait_for_everyone()
-    return broken
+    return sum(broken)

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from ..image_loading_minimind_v import load_picture
-from .engine import Engine, encode, note, question
+from .engine import Engine, encode, note, question, report_speed
 
 HELP = """\
 /image PATH   add a picture (file or URL) to the next question; several are possible
@@ -20,7 +20,7 @@ def ask_once(pictures: list[str], text: str, options: dict[str, Any]) -> None:
     chat = [question([load_picture(picture) for picture in pictures], text)]
     engine = Engine(**options)
     engine.answer(encode(engine.processor, [chat], engine.template_options), stream=True)
-    engine.report_speed()
+    report_speed(engine.tokens, engine.seconds)
 
 
 def talk(images: list[str], options: dict[str, Any]) -> None:
@@ -38,9 +38,12 @@ def talk(images: list[str], options: dict[str, Any]) -> None:
     while True:
         try:
             line = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             print()
             return
+        except KeyboardInterrupt:
+            note("\n/exit or Ctrl-D ends.")
+            continue
         name, _, argument = line.partition(" ")
         if name == "/exit":
             return
@@ -59,13 +62,14 @@ def talk(images: list[str], options: dict[str, Any]) -> None:
             print(f"error: There is no command {name}; /help lists them.", file=sys.stderr)
         elif line:
             turn = question(pending, line)
+            engine.tokens, engine.seconds = 0, 0.0
             try:
                 answer = engine.answer(encode(engine.processor, [[*chat, turn]], engine.template_options), stream=True)
             except ValueError as error:
                 print(f"error: {error} (/reset forgets the conversation.)", file=sys.stderr)
             except KeyboardInterrupt:
-                note("\nStopped. The question is forgotten.")
+                note("\nStopped; this question does not count.")
             else:
                 chat += [turn, {"role": "assistant", "content": answer[0]}]
                 pending = []
-                engine.report_speed()
+                report_speed(engine.tokens, engine.seconds)

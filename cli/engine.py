@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BatchFeature,
+    CompileConfig,
     TextStreamer,
     set_seed,
 )
@@ -27,6 +28,10 @@ DEFAULT_MAX_NEW_TOKENS = 512  # the original's
 def note(text: str) -> None:
     """What is not the result itself goes to stderr, dimmed in a terminal."""
     typer.secho(text, dim=True, err=True)
+
+
+def report_speed(tokens: int, seconds: float) -> None:
+    note(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s")
 
 
 def start_process(device: str) -> PartialState:
@@ -54,7 +59,7 @@ class Engine:
         thinking: Value for the chat template's switch; left out, the template's default.
         device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.
         dtype: Name of a torch dtype; `"auto"` is float32 on a CPU and elsewhere the checkpoint's.
-        compile: Static cache and compiled forward.
+        compile: Static cache and compiled steps.
 
     Raises:
         ValueError: Not a vision-language checkpoint of this package, no such device, or no switch for thinking.
@@ -78,7 +83,8 @@ class Engine:
         compile: bool = False,
     ) -> None:
         logging.disable_progress_bar()
-        self.device = start_process(device).device
+        state = start_process(device)
+        self.device = state.device
         if dtype == "auto" and self.device.type == "cpu":
             dtype = "float32"
         source = model or EMBEDDED_MODEL
@@ -105,15 +111,16 @@ class Engine:
         self.template_options = {} if thinking is None else dict.fromkeys(switches, thinking)
 
         if compile:
-            config.cache_implementation = "static"  # with it, generate() compiles by itself, but not on a CPU
-            if self.device.type == "cpu":
-                self.model.forward = torch.compile(self.model.forward)
-        self.tokens, self.seconds = 0, 0.0
+            config.cache_implementation = "static"  # with it, generate() compiles its steps by itself,
+            config.compile_config = CompileConfig()
+            config.compile_config._compile_all_devices = True  # which the library does not do on a CPU unless told
+        self.tokens, self.seconds = 0, 0.0  # of all answers
         parts = count_parameters(self.model)
         total = sum(count for part, count in parts.items() if part != "active")
         details = ", ".join(f"{part.lower()} {count / 1e6:.2f}M" for part, count in parts.items())
         name, computes = Path(source).resolve().name, str(self.model.dtype).removeprefix("torch.")
-        note(f"{name}: {total / 1e6:.2f}M parameters ({details}), {self.device}, {computes}")
+        if state.is_main_process:
+            note(f"{name}: {total / 1e6:.2f}M parameters ({details}), {self.device}, {computes}")
 
     def answer(self, inputs: BatchFeature, stream: bool = False) -> list[str]:
         """Answers a left-padded batch of chats, as [`encode`] makes it; with `stream`, one, printed as it comes."""
@@ -129,11 +136,6 @@ class Engine:
         self.seconds += time.perf_counter() - start
         self.tokens += int((answers != self.processor.tokenizer.pad_token_id).sum())
         return [text.strip() for text in self.processor.batch_decode(answers, skip_special_tokens=True)]
-
-    def report_speed(self) -> None:
-        """Prints the number of tokens since the last report, and how many a second that was."""
-        note(f"{self.tokens} tokens, {self.tokens / max(self.seconds, 1e-9):.1f} tokens/s")
-        self.tokens, self.seconds = 0, 0.0
 
 
 def encode(processor: Any, chats: list[list[dict]], template_options: dict[str, Any] | None = None) -> BatchFeature:
