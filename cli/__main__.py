@@ -12,6 +12,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +33,7 @@ app = typer.Typer(
 
 @dataclass
 class Options:
-    """What `caption`, `chat` and `compare` have in common; the arguments of [`engine.Engine`]."""
+    """What `caption`, `chat` and `compare` have in common: the arguments of [`engine.Engine`], and `debug`."""
 
     model: Annotated[
         str | None, typer.Option(help="Checkpoint folder or Hub repository.", show_default="the embedded model")
@@ -175,8 +176,9 @@ def add_tool(name: str, summary: str, target: str, *first: str) -> None:
     def run(context: typer.Context) -> None:
         sys.argv[1:] = [*first, *context.args]
         if target.endswith(".py"):
-            sys.path.insert(0, str(Path(target).parent))  # as Python does for a script
-            runpy.run_path(target, run_name="__main__")
+            script = Path(find_spec("minimind_v").origin).with_name(target)
+            sys.path.insert(0, str(script.parent))  # as Python does for a script
+            runpy.run_path(str(script), run_name="__main__")
         else:
             runpy.run_module(target, run_name="__main__", alter_sys=True)
 
@@ -184,7 +186,7 @@ def add_tool(name: str, summary: str, target: str, *first: str) -> None:
 add_tool("convert", "Turn a checkpoint of the original project into one of this package.", "minimind_v.conversion")
 add_tool("train", "Train on your own pictures.", "minimind_v.training", "train")
 add_tool("check", "Look at training data before training.", "minimind_v.training", "check")
-add_tool("upload", "Publish a checkpoint on the Hub.", str(Path(__file__).resolve().parents[1] / "hub_upload.py"))
+add_tool("upload", "Publish a checkpoint on the Hub.", "hub_upload.py")
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from ..image_loading_minimind_v import load_picture
 from .engine import EMBEDDED_MODEL, Engine, encode, note, question, report_speed, start_process
 
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
+ADDRESSES = ("http://", "https://", "data:")
 FIELDS = ("image", "prompt", "model", "caption")
 
 
@@ -40,7 +41,7 @@ def find_pictures(names: Iterable[str]) -> list[str]:
         if os.path.isdir(name):
             files = glob.iglob(os.path.join(glob.escape(name), "**", "*"), recursive=True)
             found = sorted(file for file in files if file.lower().endswith(endings))
-        elif glob.has_magic(name) and not os.path.exists(name) and not name.startswith(("http", "data:")):
+        elif glob.has_magic(name) and not os.path.exists(name) and not name.startswith(ADDRESSES):
             found = sorted(glob.glob(os.path.expanduser(name), recursive=True))
         if not found:
             raise FileNotFoundError(f"No pictures were found for {name}. Name files, folders, patterns or URLs.")
@@ -114,6 +115,7 @@ def caption_batches(
     engine: Engine, pictures: list[str], prompt: str, batch_size: int, workers: int = 0
 ) -> Iterator[tuple[dict[str, str], list[str]]]:
     """Captions of the pictures of one batch after the other, and what is wrong with those that cannot be read."""
+    encode(engine.processor, [[question([], prompt)]], engine.template_options)  # a bad prompt fails here, clearly
     read = functools.partial(
         read_batch, processor=engine.processor, prompt=prompt, template_options=engine.template_options
     )

@@ -35,7 +35,7 @@ def report_speed(tokens: int, seconds: float) -> None:
 
 
 def start_process(device: str) -> PartialState:
-    """The device of this process, one of several under `accelerate launch`.
+    """This process, one of several under `accelerate launch`, and its device.
 
     Raises:
         ValueError: This machine has no such device.
