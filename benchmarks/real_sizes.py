@@ -1,5 +1,6 @@
 """Models of the released sizes with random weights, and their processors, for the benchmarks."""
 
+import resource
 from pathlib import Path
 
 import torch
@@ -39,6 +40,14 @@ SIZES = {
     "minimind3-65m": (SIGLIP_B32, {}),
     "minimind3-200m-experts": (SIGLIP_B32, {"use_moe": True}),
 }
+
+
+def peak_memory_gb() -> float:
+    """The most memory that this process has had, in GB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: getrusage would count what the parent had before this process was started
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on macOS
 
 
 def make_config(name: str) -> MiniMindVConfig:

@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import platform
 import random
-import resource
 import statistics
 import tempfile
 import time
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from real_sizes import make_model, make_processor
+from real_sizes import make_model, make_processor, peak_memory_gb
 from tqdm import tqdm
 
 from minimind_v.training import MiniMindVDataCollator, MiniMindVDataset, freeze
@@ -112,7 +111,7 @@ class Bench:
 
 
 def peak_memory(arguments: tuple[Any, ...], way: str, batch_size: int, queue: Any) -> None:
-    """Puts the process's memory before the step and at its peak, in GB, into `queue`; for a process of its own."""
+    """Puts the peak memory of a step, in GB, into `queue`; for a process of its own."""
     bench = Bench(*arguments)
     batch, _ = bench.load(way, 0, batch_size)
     if bench.device != "cpu":
@@ -121,7 +120,7 @@ def peak_memory(arguments: tuple[Any, ...], way: str, batch_size: int, queue: An
         queue.put(torch.cuda.max_memory_allocated() / 1e9)
     else:
         bench.step(batch)
-        queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+        queue.put(peak_memory_gb())
 
 
 def run(size: str, stage: str, options: argparse.Namespace) -> dict[str, Any]:
