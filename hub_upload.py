@@ -275,20 +275,15 @@ def verify(folder: str | Path, checkpoint: str | Path | None = None) -> Report:
         raise FileNotFoundError(f"{folder} is no folder. Assemble one first.")
     report = Report(str(folder), list_files(folder), [])
     with tempfile.TemporaryDirectory() as elsewhere:
-        # Nothing of the user's: no token, no caches, no settings. (PATH and what finds Python's libraries stay.)
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))
-        }
+        # Nothing of the user's: no token, no caches, no settings
+        theirs = ("HF_", "HUGGING", "TRANSFORMERS_")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
         environment |= {"HF_HOME": f"{elsewhere}/home", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-        command = [sys.executable, str(HERE / "hub_checks.py"), str(folder.resolve())]
-        command += [
-            f"{elsewhere}/checks.json",
-            *([str(Path(checkpoint).expanduser().resolve())] if checkpoint else []),
-        ]
-        process = subprocess.run(
-            command, cwd=elsewhere, env=environment, capture_output=True, text=True, encoding="utf-8"
-        )
-        report.checks = [Check(**check) for check in read_json(Path(elsewhere, "checks.json")) or []]
+        result = Path(elsewhere, "checks.json")
+        command = [sys.executable, HERE / "hub_checks.py", folder.resolve(), result]
+        command += [Path(checkpoint).expanduser().resolve()] if checkpoint else []
+        process = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, encoding="utf-8")
+        report.checks = [Check(**check) for check in read_json(result) or []]
         if process.returncode:
             reason = (process.stderr.strip() or "no message").splitlines()[-1]
             report.checks.append(Check("fresh process", False, f"ended with status {process.returncode}: {reason}"))

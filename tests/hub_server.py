@@ -1,7 +1,8 @@
 """A small Hub on loopback: the part of its HTTP API that huggingface_hub uses to publish and to load models.
 
-Users are known by their tokens (`hf_alice` is alice). A repository is a list of commits; a commit maps paths to contents;
-large files come and go by LFS, as on the Hub. `server.log` holds every request, `server.cut` breaks connections.
+Users are known by their tokens (`hf_alice` is alice). A repository is a list of commits; a commit maps paths to
+contents; large files arrive by LFS, as on the Hub. `server.log` holds every request and every operation of a commit,
+`server.cut` breaks connections.
 """
 
 import base64
@@ -67,11 +68,12 @@ class HubServer(ThreadingHTTPServer):
         )
         return repository
 
-    def take(self, start: str) -> list[str]:
-        """The logged requests that begin so, and forgets all."""
-        found = [line for line in self.log if line.startswith(start)]
-        self.log.clear()
-        return found
+    def sent(self) -> list[str]:
+        """Files that arrived since the last call: `lfs` their contents by LFS, else the operations of commits."""
+        with self.lock:
+            found = [line for line in self.log if line.startswith(("file ", "lfsFile ", "deletedFile ", "PUT "))]
+            self.log.clear()
+        return ["lfs" if line.startswith("PUT ") else line for line in found]
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass  # clients that go away
@@ -278,6 +280,7 @@ class Handler(BaseHTTPRequestHandler):
         files = dict(repository.commits[parent])
         for line in lines:
             kind, value = line["key"], line["value"]
+            self.server.log.append(f"{kind} {value['path']}")
             if kind == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif kind == "lfsFile":
