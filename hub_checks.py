@@ -194,7 +194,7 @@ class Stranger:
         from transformers import pipeline
 
         captioner, chatter = (
-            pipeline(task, model=str(self.folder), trust_remote_code=True)
+            pipeline(task, model=str(self.folder), device="cpu", trust_remote_code=True)
             for task in ("image-to-text", "image-text-to-text")
         )
         caption = captioner(self.path, prompt=PROMPT, generate_kwargs=GREEDY)[0]["generated_text"]

@@ -52,11 +52,11 @@ BEGIN, END = "<!-- written by hub_upload.py: begin -->", "<!-- written by hub_up
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 # What from_pretrained may load: where an earlier version left such a file, it must not stay beside the new ones.
 LOADABLE = re.compile(
-    r"[\w.-]+\.(bin|jinja|pkl|pt|pth|py)|(adapter_)?model[\w.-]*\.(safetensors|json)|[\w-]+_config\.json"
+    r"(adapter_|pytorch_)?model[\w.-]*\.(bin|json|safetensors)|(adapter|preprocessor)_config\.json|\w+_minimind_v\.py|"
+    r"(added_tokens|special_tokens_map)\.json|chat_template\.\w+"
 )
-# What Trainer and the training command write of a run, by their own names
-TRAINING_FACTS = ("stage", "epoch", "global_step", "train_batch_size", "learning_rate", "rows_left_out")
-TRAINING_FACTS += ("train_loss", "train_runtime", "total_flos")
+# What Trainer writes of a run, by its own names
+TRAINING_FACTS = ("global_step", "epoch", "train_batch_size", "rows_left_out", "train_loss", "train_runtime")
 
 
 @dataclass
@@ -116,8 +116,10 @@ def assemble(checkpoint: str | Path, output: str | Path, *, repo_id: str, licens
     # Imported here, so that --help and uploading do not wait for torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
+    import minimind_v
     from minimind_v.conversion.convert import write_beside
 
+    code = Path(minimind_v.__file__).parent  # what is published is what runs here
     weights = [path for path in checkpoint.iterdir() if WEIGHTS.fullmatch(path.name)]
     with clear_disk_errors(output), write_beside(output, overwrite=True) as folder:
         needed, free = sum(path.stat().st_size for path in weights), shutil.disk_usage(output.parent).free
@@ -134,10 +136,10 @@ def assemble(checkpoint: str | Path, output: str | Path, *, repo_id: str, licens
         config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        for path in (*weights, *(HERE / name for name in [*CODE, "LICENSE"])):
+        for path in (*weights, *(code / name for name in CODE), HERE / "LICENSE"):
             shutil.copyfile(path, folder / path.name)
         shutil.copyfile(HERE / "examples" / "images" / "apple.png", folder / "example.png")
-        captioner = pipeline("image-to-text", model=model, processor=processor)
+        captioner = pipeline("image-to-text", model=model, processor=processor, device="cpu")
         caption = captioner(str(folder / "example.png"), prompt=PROMPT, generate_kwargs=GREEDY)[0]["generated_text"]
         card = write_card(checkpoint, model, repo_id, license, caption)
         card.save(folder / "README.md")
@@ -201,8 +203,10 @@ def write_card(checkpoint: Path, model: Any, repo_id: str, license: str | None, 
         own_data = own.data.to_dict()
         own_text = re.sub(rf"{BEGIN}.*?{END}", "", own.text.replace("\r\n", "\n"), flags=re.DOTALL).strip()
     name = repo_id.split("/")[-1]
-    defaults = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "model_name": name}
-    defaults |= {"license": "apache-2.0", "language": ["en", "zh"], "eval_results": evaluation(checkpoint) or None}
+    defaults = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    defaults |= {"license": "apache-2.0", "language": ["en", "zh"]}
+    if results := evaluation(checkpoint):
+        defaults |= {"eval_results": results, "model_name": name}
     data = ModelCardData(**defaults | own_data)
     data.license = license or data.license
     data.tags = list(dict.fromkeys([*(data.tags or []), "image-to-text", "minimind_v", "vision-language-model"]))
@@ -248,7 +252,7 @@ def evaluation(checkpoint: Path) -> list[EvalResult]:
     return [
         EvalResult(**task, metric_type=name.removeprefix("eval_"), metric_value=value)
         for name, value in read_json(checkpoint / "all_results.json").items()
-        if name.startswith("eval_") and not name.endswith(("runtime", "per_second"))
+        if name.startswith("eval_") and not name.endswith(("runtime", "per_second")) and isinstance(value, float)
     ]
 
 
@@ -368,10 +372,9 @@ def check_target(repo_id: str, revision: str | None, create_pr: bool, tag: str |
     """Raises a ValueError unless the names and options can be meant."""
     try:
         validate_repo_id(repo_id)
+        _owner, _name = repo_id.split("/")
     except ValueError as error:
-        raise ValueError(f"{repo_id!r} is no name of a repository: {error} Give it as USER/REPO.") from error
-    if "/" not in repo_id:
-        raise ValueError(f"{repo_id!r} does not say whose repository it is. Give it as USER/REPO.")
+        raise ValueError(f"{repo_id!r} is no name of a repository. Give it as USER/REPO.") from error
     if create_pr and (tag or revision not in (None, "main")):
         raise ValueError("A pull request goes to main and has no tag yet: leave out --revision and --tag.")
 

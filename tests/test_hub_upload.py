@@ -121,7 +121,8 @@ def test_update_sends_what_changed_and_removes_what_would_be_loaded(hub, publish
     """Here to a branch of its own, which the command makes."""
     repository = hub.repositories[REPO]
     stale = {"model-00001-of-00002.safetensors": b"old", "adapter_config.json": b"{}", "old_minimind_v.py": b"old"}
-    theirs = {"emoji.gguf": b"theirs", "notes/plan.txt": b"theirs"}
+    stale |= {"pytorch_model.bin": b"old", "preprocessor_config.json": b"{}"}
+    theirs = {"emoji.gguf": b"theirs", "handler.py": b"theirs", "notes/plan.txt": b"theirs"}
     repository.branches["next"] = repository.branches["main"]
     repository.commit("next", held(hub, REPO) | {".gitattributes": b"x"} | stale | theirs, "by hand")
     folder = shutil.copytree(published[1], tmp_path / "changed")
