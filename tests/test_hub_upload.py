@@ -364,6 +364,31 @@ def test_checks_of_files(check, file, content, message, published, tmp_path):
     assert message is None or re.search(message, result.detail), result
 
 
+def test_checks_of_the_model(published, checkpoint, tmp_path, monkeypatch):
+    """Here in this process: each finds what it looks for."""
+    folder = shutil.copytree(published[1], tmp_path / "folder")
+    card = ModelCard.load(folder / "README.md")
+    card.data.widget[0]["output"]["text"] = "Green apple."
+    card.save(folder / "README.md")
+    saved = (folder / "generation_config.json").read_text()
+    (folder / "generation_config.json").write_text(saved.replace("\n", ""))
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.multi_modal_projector.linear_2.weight"] *= -1
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    monkeypatch.chdir(tmp_path)
+    found = {
+        name: hub_checks.run_check(name, function)
+        for name, function in hub_checks.Stranger(folder, checkpoint).checks().items()
+    }
+    assert found["auto classes"].ok and found["batch"].ok
+    assert found["pipelines"].detail == "the caption in the card gives 'Green apple.' instead of 'Red apple.'"
+    assert found["save and reload"].detail.startswith("generation_config.json saved again gives")
+    assert re.match(r"the published model gives \['Red apple\.'\] instead of", found["same as source"].detail)
+    missing_weights(folder)
+    broken = hub_checks.run_check("auto classes", hub_checks.Stranger(folder, None).check_auto_classes)
+    assert "do not fit" in broken.detail and "language_model.norm.weight" in broken.detail
+
+
 def test_versions_are_those_of_the_package():
     project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
     assert f'"transformers{hub_checks.TRANSFORMERS_RANGE}"' in project
