@@ -231,15 +231,23 @@ def test_changed_after_verification(published, tmp_path, monkeypatch):
         hub_upload.upload(folder, REPO, report=report)
 
 
-def test_failing_checkpoint_is_not_uploaded(hub, make_processor, tmp_path):
+def command(monkeypatch, *arguments):
+    """The command in this process, where HF_HUB_OFFLINE forbids the network."""
+    monkeypatch.setattr(sys, "argv", ["hub_upload.py", *map(str, arguments)])
+    hub_upload.main()
+
+
+def test_failing_checkpoint_is_not_uploaded(make_processor, tmp_path, monkeypatch, capsys):
     model, processor = make_model(), make_processor()
     model.lm_head.weight.data[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "broken")
     processor.save_pretrained(tmp_path / "broken")
-    result = publish(tmp_path / "broken", "alice/broken", hub=hub, tmp_path=tmp_path, status=1)
-    assert re.search(r"FAIL  weights .*holds NaN", result.stdout) and "auto classes" not in result.stdout
-    assert "Nothing was uploaded" in result.stderr and "Traceback" not in result.stderr
-    assert "alice/broken" not in hub.repositories and (tmp_path / "broken-hub").is_dir()
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    with pytest.raises(SystemExit, match="Nothing was uploaded, because the folder does not pass"):
+        command(monkeypatch, tmp_path / "broken", "alice/broken")
+    printed = capsys.readouterr().out
+    assert re.search(r"FAIL  weights .*holds NaN", printed) and "auto classes" not in printed
+    assert (tmp_path / "broken-hub").is_dir()
 
 
 @pytest.fixture
@@ -510,11 +518,17 @@ def converted(folder):
 
 
 @pytest.mark.parametrize("make, private, caption", [(fine_tuned, False, "Sunflower."), (converted, True, None)])
-def test_other_checkpoints(make, private, caption, hub, tmp_path):
-    checkpoint, repo_id = make(tmp_path / "checkpoint"), f"alice/{make.__name__}"
-    folder = hub_upload.assemble(checkpoint, tmp_path / "output", repo_id=repo_id)
-    report = hub_upload.verify(folder, checkpoint)
-    assert report.ok and len(report.checks) == 11, str(report)
+def test_other_checkpoints(make, private, caption, hub, tmp_path, monkeypatch, capsys):
+    """First as a dry run, which needs neither token nor network."""
+    checkpoint, repo_id, folder = make(tmp_path / "checkpoint"), f"alice/{make.__name__}", tmp_path / "output"
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    capsys.readouterr()
+    command(monkeypatch, checkpoint, repo_id, "--dry-run", "--output", folder)
+    report, plan = capsys.readouterr().out.split("\n\n")
+    assert "11 of 11 checks passed" in report and "same as source" in report, report
+    listed = [line.split() for line in plan.splitlines()[1:-1]]
+    hashes = hub_upload.list_files(folder)
+    assert listed == [[f"{len(data):,}", hashes[name][:12], name] for name, data in sorted(contents(folder).items())]
     shown = ModelCard.load(folder / "README.md").data.widget[0]["output"]["text"]
     assert shown == (caption or shown)
     upload(hub, tmp_path, {"folder": folder, "repo_id": repo_id, "private": private})
