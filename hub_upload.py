@@ -140,7 +140,9 @@ def assemble(checkpoint: str | Path, output: str | Path, *, repo_id: str, licens
             shutil.copyfile(path, folder / path.name)
         shutil.copyfile(HERE / "examples" / "images" / "apple.png", folder / "example.png")
         captioner = pipeline("image-to-text", model=model, processor=processor, device="cpu")
-        caption = captioner(str(folder / "example.png"), prompt=PROMPT, generate_kwargs=GREEDY)[0]["generated_text"]
+        caption = captioner(str(folder / "example.png"), prompt=PROMPT, generate_kwargs=dict(GREEDY))[0][
+            "generated_text"
+        ]
         card = write_card(checkpoint, model, repo_id, license, caption)
         card.save(folder / "README.md")
         for name in pictures_of(card.text) - {"example.png"}:

@@ -54,25 +54,21 @@ def hub():
         yield server
 
 
-def run(command, hub, tmp_path, token="hf_alice", status=0):
-    """A fresh process in front of this Hub. No process may ever print a token."""
+def run(command, hub, tmp_path, token="hf_alice"):
+    """A fresh process in front of this Hub. It may never print a token."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTEST"))}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"HF_ENDPOINT": hub if isinstance(hub, str) else hub.url} | ({"HF_TOKEN": token} if token else {})
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
-    assert result.returncode == status, result.stdout[-2000:] + result.stderr[-3000:]
-    assert not token or token not in result.stdout + result.stderr
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    assert not re.search("hf_alice|hf_bob|api_wrong", result.stdout + result.stderr)
     return result
 
 
-def publish(*arguments, hub, tmp_path, **options):
-    return run([sys.executable, REPOSITORY / "hub_upload.py", *arguments], hub, tmp_path, **options)
-
-
 def upload(hub, tmp_path, *cases):
+    """What `hub_upload.upload` returned or raised in each case."""
     cases = [{"repo_id": REPO} | case | {"folder": str(case["folder"])} for case in cases]
     results = json.loads(run([sys.executable, "-c", UPLOADS, json.dumps(cases)], hub, tmp_path, token=None).stdout)
-    assert "hf_" not in json.dumps(results).replace("hf_upload", "")
     return results if len(results) > 1 else results[0]
 
 
@@ -92,8 +88,8 @@ def published(hub, tmp_path_factory):
     """The command's output and the folder it assembled, after the embedded model was published as v1."""
     tmp_path = tmp_path_factory.mktemp("publish")
     output = tmp_path / "assembled"
-    result = publish(CHECKPOINT, REPO, "--tag", "v1", "--output", output, hub=hub, tmp_path=tmp_path)
-    return result, output, hub.sent()
+    arguments = [REPOSITORY / "hub_upload.py", CHECKPOINT, REPO, "--tag", "v1", "--output", output]
+    return run([sys.executable, *arguments], hub, tmp_path), output, hub.sent()
 
 
 # --- The loop -------------------------------------------------------------------------------------------------------
