@@ -252,8 +252,6 @@ def test_comparing_two_pictures(monkeypatch, capsys):
     ],
 )
 def test_other_tools_read_their_own_options(arguments, message, tmp_path, monkeypatch, capsys):
-    if "upload" in arguments and not (REPOSITORY / "hub_upload.py").exists():
-        pytest.skip("hub_upload.py is not here")
     write_jsonl(tmp_path / "rows.jsonl", [caption_row("missing.png")])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["minimind-v", *arguments.split()])

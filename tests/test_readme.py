@@ -1,6 +1,7 @@
 """README's commands and Python, run as they stand, and the captions of the example pictures."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -53,6 +54,21 @@ def test_python_of_the_readme(elsewhere):
     assert len(lines[3]) == 1 and lines[4] == [english, second_chinese]
 
 
+def test_fine_tuning_of_the_readme(tmp_path):
+    block = re.search(r"```bash\n(python -m minimind_v.training check examples/images.*?)```", README, re.DOTALL)[1]
+    for name in ("checkpoints", "examples"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for command in block.replace("\\\n", "").strip().splitlines():
+        command = [sys.executable, *command.split()[1:]]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
+        assert result.returncode == 0, result.stderr[-3000:]
+    rows = map(json.loads, (REPOSITORY / "examples/images/metadata.jsonl").read_text("utf-8").splitlines())
+    learned = [f"examples/images/{row['file_name']}: {row['text']}" for row in rows]
+    assert len(learned) >= 8 and set(learned) <= set(result.stdout.splitlines())
+    assert "<mark>A red apple" in (tmp_path / "check.html").read_text("utf-8")
+
+
 def test_checkpoint_carries_the_present_code():
     for name in ("configuration", "image_loading", "modeling", "processing"):
         file = f"{name}_minimind_v.py"
@@ -60,7 +76,8 @@ def test_checkpoint_carries_the_present_code():
 
 
 def test_readme_names_files_that_exist():
-    for name in re.findall(r"\]\((?!http)([^)#]+)\)|^\| `([^`]+)`(?:, `([^`]+)`)? \|", README, flags=re.MULTILINE):
+    names = r"\]\((?!http)([^)#]+)\)|^\| `([^`-][^`]*)`(?:, `([^`]+)`)? \|"
+    for name in re.findall(names, README, flags=re.MULTILINE):
         for path in filter(None, name):
             assert (REPOSITORY / path).exists(), path
 

@@ -284,6 +284,9 @@ def test_an_interrupted_cache_goes_on(folder, processor, tmp_path, monkeypatch):
     assert len(cache.shards) == 2
     cache.fill(rows, batch_size=1)
     assert len(cache.shards) == 6 and not list(tmp_path.rglob("*.part"))
+    shard = next(tmp_path.rglob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert len(ImageFeatureCache(tmp_path / "features", model, processor).shards) == 4 and not shard.exists()
 
 
 # --- LoRA -----------------------------------------------------------------------------------------------------------

@@ -167,6 +167,15 @@ def test_broken_rows_are_found_before_the_first_step(folder, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "all_results.json").read_text())["rows_left_out"] == 6
 
 
+def test_rows_left_out_of_the_training_data_stay_in_the_held_out_data(folder, tmp_path):
+    rows = [caption_row("missing.png"), caption_row("0.png"), caption_row("1.png")]
+    data, held_out = write_jsonl(folder / "a.jsonl", rows), write_jsonl(folder / "b.jsonl", rows[::-1])
+    options = {"max_steps": 1, "on_broken": "skip", "eval_data": str(held_out)}
+    trainer = train(arguments(tmp_path, CHECKPOINT, data, **options))
+    assert [trainer.train_dataset[i]["row"] for i in range(len(trainer.train_dataset))] == [1, 2]
+    assert [trainer.eval_dataset[i]["row"] for i in range(len(trainer.eval_dataset))] == [0, 1]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

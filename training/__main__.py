@@ -25,7 +25,7 @@ def main() -> None:
         sys.exit(USAGE)
     try:
         run(arguments)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

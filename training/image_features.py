@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -96,8 +96,11 @@ class ImageFeatureCache:
     def refresh(self) -> None:
         """Reads which pictures the folder has."""
         for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                self.shards.update(dict.fromkeys(file.keys(), path.name))
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self.shards.update(dict.fromkeys(file.keys(), path.name))
+            except SafetensorError:  # damaged: its pictures are encoded again
+                path.unlink()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"model": None, "files": {}}  # a data loader's worker only reads
@@ -173,8 +176,11 @@ class ImageFeatureCache:
         if shard:
             name = hashlib.sha256("".join(shard).encode()).hexdigest()[:16] + ".safetensors"
             part = self.folder / f"{name}.{os.getpid()}.part"
-            save_file(shard, part)
-            part.replace(self.folder / name)  # whole or not at all
+            try:
+                save_file(shard, part)
+                part.replace(self.folder / name)  # whole or not at all
+            finally:
+                part.unlink(missing_ok=True)
             self.shards.update(dict.fromkeys(shard, name))
         return {}
 

@@ -54,7 +54,7 @@ def write_model_card(trainer: Trainer, metrics: dict[str, float]) -> None:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=["minimind-v", "vision-language-model"],
+        tags=["minimind_v", "vision-language-model"],
         base_model=None if base.is_dir() else arguments.model,
     )
     text = f"# {folder.resolve().name}\n\nA MiniMind-V model, fine-tuned.\n\n## Training\n\n| | |\n|---|---|\n"

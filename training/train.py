@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import Subset, random_split
 from transformers import (
@@ -127,10 +128,10 @@ def usable_rows(dataset: MiniMindVDataset, collator: MiniMindVDataCollator, argu
             message = f"{len(found)} of {report['rows']} rows are {title}:\n{describe(found)}"
             if kind == "broken" and arguments.on_broken == "error":
                 raise ValueError(f"{message}\nMend them, or leave them out with --on-broken skip.")
-            collator.dropped |= found
             if first:
                 print(f"{message}\nThey are left out.")
-    good = [number for number in range(report["rows"]) if number not in collator.dropped]
+    rejected = report["broken"].keys() | report["too_long"].keys()
+    good = [number for number in range(report["rows"]) if number not in rejected]
     if not good:
         raise ValueError(f"None of the {report['rows']} rows can be trained on. See the reasons above.")
     return Subset(dataset, good)
@@ -169,22 +170,25 @@ def train(arguments: TrainArguments) -> Trainer:
     if arguments.cache_image_features:
         dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
         cache = ImageFeatureCache(arguments.cache_image_features, model, processor, dtype)
-        if arguments.process_index == 0:
-            model.model.vision_tower.to(arguments.device)
-            for rows in filter(None, (dataset, held_out)):
-                cache.fill(rows, workers=arguments.dataloader_num_workers)
-        torch.distributed.is_initialized() and torch.distributed.barrier()
+        model.model.vision_tower.to(arguments.device)
+        for rows in (dataset, *([held_out] if held_out is not None else [])):
+            mine = Subset(rows, range(arguments.process_index, len(rows), arguments.world_size))
+            cache.fill(mine, workers=arguments.dataloader_num_workers)
+        PartialState().wait_for_everyone()
         cache.refresh()
         pass_features_through(model)
     collator = MiniMindVDataCollator(
         processor, arguments.max_length, arguments.on_broken, arguments.packing, image_features=cache
     )
+    rows = len(dataset)
     if arguments.check_data:
         dataset = usable_rows(dataset, collator, arguments)
-        held_out = held_out and usable_rows(held_out, collator, arguments)
-    left_out = len(collator.dropped)
+        held_out = usable_rows(held_out, collator, arguments) if held_out is not None else None
+    left_out = rows - len(dataset)
     if arguments.eval_fraction:
         count = max(1, round(arguments.eval_fraction * len(dataset)))
+        if count == len(dataset):
+            raise ValueError(f"--eval-fraction {arguments.eval_fraction} of {count} rows leaves none to train on.")
         generator = torch.Generator().manual_seed(arguments.data_seed or arguments.seed)
         dataset, held_out = random_split(dataset, [len(dataset) - count, count], generator)
 
@@ -211,17 +215,20 @@ def train(arguments: TrainArguments) -> Trainer:
     resume = arguments.resume_from_checkpoint
     if resume in ("True", "true", "latest"):
         resume = last_checkpoint(arguments.output_dir)
+        if resume is None:
+            print(f"There is no checkpoint in {arguments.output_dir} yet: starting at the beginning.")
     result = trainer.train(resume_from_checkpoint=resume)
     if stop.received is not None:
         raise SystemExit(
             f"Stopped after step {trainer.state.global_step}; the checkpoint is saved. Go on with the same command "
             "and --resume-from-checkpoint latest."
         )
-    metrics = result.metrics | {"rows_left_out": max(left_out, len(collator.dropped))}
+    metrics = result.metrics | {"rows_left_out": left_out + len(collator.dropped)}
     if held_out is not None:
         evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
         fresh = evaluated and evaluated[-1]["step"] == trainer.state.global_step
-        metrics |= evaluated[-1] if fresh else trainer.evaluate()
+        found = evaluated[-1] if fresh else trainer.evaluate()
+        metrics |= {name: value for name, value in found.items() if name.startswith("eval_")}
     save(trainer, metrics)
     return trainer
 

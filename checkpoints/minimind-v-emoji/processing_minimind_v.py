@@ -274,6 +274,7 @@ class MiniMindVImageToTextPipeline(ImageTextToTextPipeline):
 
     def _forward(self, model_inputs: dict, generate_kwargs: dict | None = None) -> dict:
         options = dict(generate_kwargs or {})
+        options.pop("return_dict_in_generate", None)  # the library's pipelines before 5.20 write it into what they get
         if TRANSFORMERS_VERSION >= (5, 20):
             options = self._prepare_generate_kwargs(options, return_dict_in_generate=False)
         else:  # one whole config: generate() warns of single options besides it

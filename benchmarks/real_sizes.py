@@ -1,0 +1,79 @@
+"""Models of the released sizes with random weights, and their processors, for the benchmarks."""
+
+import resource
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+)
+
+from minimind_v import MiniMindConfig, MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
+
+CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "minimind-v-emoji"
+CLIP_B16 = CLIPVisionConfig(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    image_size=224,
+    patch_size=16,
+)
+SIGLIP_B32 = SiglipVisionConfig(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    image_size=256,
+    patch_size=32,
+    vision_use_head=False,
+)
+MINIMIND2 = {"use_qk_norm": False, "num_attention_heads": 8, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+# name -> tower, decoder; parameters of the decoder in the name
+SIZES = {
+    "minimind2-26m": (CLIP_B16, MINIMIND2 | {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1408}),
+    "minimind2-104m": (CLIP_B16, MINIMIND2 | {"hidden_size": 768, "num_hidden_layers": 16, "intermediate_size": 2048}),
+    "minimind3-65m": (SIGLIP_B32, {}),
+    "minimind3-200m-experts": (SIGLIP_B32, {"use_moe": True}),
+}
+
+
+def peak_memory_gb() -> float:
+    """The most memory that this process has had, in GB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: getrusage would count what the parent had before this process was started
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on macOS
+
+
+def make_config(name: str) -> MiniMindVConfig:
+    """Configuration of one of `SIZES`."""
+    tower, decoder = SIZES[name]
+    is_clip = tower.model_type == "clip_vision_model"
+    return MiniMindVConfig(
+        text_config=MiniMindConfig(max_position_embeddings=32768, **decoder),
+        vision_config=tower,
+        image_token_id=3,
+        projector_type="linear" if is_clip else "mlp",
+    )
+
+
+def make_model(name: str, dtype: torch.dtype = torch.float32) -> MiniMindVForConditionalGeneration:
+    """Model of one of `SIZES`, weights random with a fixed seed, in eval mode on CPU."""
+    torch.manual_seed(0)
+    model = MiniMindVForConditionalGeneration(make_config(name)).to(dtype).eval()
+    model.generation_config.update(pad_token_id=0, eos_token_id=None)
+    return model
+
+
+def make_processor(config: MiniMindVConfig) -> MiniMindVProcessor:
+    """Its processor, with the tokenizer of the embedded model: whose ids are all below the 6,400 of the decoder."""
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT, model_max_length=32768)
+    is_clip = config.vision_config.model_type == "clip_vision_model"
+    size = {"height": 256, "width": 256}
+    image_processor = CLIPImageProcessorPil() if is_clip else SiglipImageProcessorPil(size=size)
+    return MiniMindVProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)

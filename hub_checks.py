@@ -1,0 +1,284 @@
+"""What a stranger sees who has a published folder, transformers, torch and pillow, and nothing else.
+
+[`hub_upload.verify`] runs this file in a fresh process, with nothing of the user's around it:
+
+    python hub_checks.py FOLDER RESULT.json [CHECKPOINT]
+
+First the files are looked at; only if they are what they should be is their code run.
+"""
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+
+TRANSFORMERS_RANGE = ">=5.16.1"
+CODE = [f"{name}_minimind_v.py" for name in ("configuration", "image_loading", "modeling", "processing")]
+CONFIGURATION = ["config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json"]
+SAVED = [*CONFIGURATION, "chat_template.jinja", "tokenizer.json", *CODE]  # by save_pretrained, besides the weights
+REQUIRED = {*SAVED, "LICENSE", "README.md", "example.png"}
+INDEX = "model.safetensors.index.json"
+PROMPT = "Describe this image."
+GREEDY = {"max_new_tokens": 32, "do_sample": False}  # give pipelines a copy: before 5.20 they write into it
+
+
+@dataclasses.dataclass
+class Check:
+    """One line of a report."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file, or {} where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}. Save the checkpoint again.") from error
+
+
+def pictures_of(card: str) -> set[str]:
+    """Names of the pictures that a card shows and that stand beside it."""
+    names = {first or second for first, second in re.findall(r"!\[[^\]]*\]\(([^)\s]+)|<img[^>]+src=\"([^\"]+)", card)}
+    return {name for name in names if re.fullmatch(r"[\w.-]+\.(gif|jpe?g|png|svg|webp)", name)}
+
+
+# --- The files -------------------------------------------------------------------------------------------------------
+
+
+def check_files(folder: Path) -> str:
+    """Nothing is missing, nothing else is there: above all no pickle."""
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    index = read_json(folder / INDEX)
+    expected = REQUIRED | ({INDEX, *index["weight_map"].values()} if index else {"model.safetensors"})
+    if missing := sorted(expected - found):
+        raise ValueError(f"missing: {', '.join(missing)}")
+    if stray := sorted(found - expected - pictures_of((folder / "README.md").read_text(encoding="utf-8"))):
+        raise ValueError(f"do not belong here: {', '.join(stray)}")
+    sizes = {name: (folder / name).stat().st_size for name in found}
+    if empty := sorted(name for name in found if not sizes[name]):
+        raise ValueError(f"empty: {', '.join(empty)}")
+    largest = max(sizes, key=sizes.get)
+    total, most = sum(sizes.values()) / 1e6, sizes[largest] / 1e6
+    return f"{len(found)}, {total:.1f} MB ({largest} {most:.1f} MB), none missing, none stray, no pickle"
+
+
+def check_weights(folder: Path) -> str:
+    """Every header is valid, every number finite."""
+    dtypes = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:  # raises on a header that does not fit the file
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                tensor = file.get_tensor(name)
+                if not tensor.isfinite().all():
+                    raise ValueError(f"{path.name}: {name} holds NaN or infinity")
+                dtypes.append(str(tensor.dtype).removeprefix("torch."))
+    return f"{len(dtypes)} tensors of {' and '.join(sorted(set(dtypes)))}, headers valid, no NaN or infinity"
+
+
+def check_code(folder: Path) -> str:
+    """It imports what every user has, and itself."""
+    allowed, used = {"torch", "transformers", "PIL", "numpy", *sys.stdlib_module_names}, set()
+    for path in sorted(folder.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name.split(".")[0] for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f".{node.module}" if node.level else node.module.split(".")[0]]
+            for name in names:
+                if name not in allowed and f"{name[1:]}.py" not in CODE:
+                    raise ValueError(f"{path.name}:{node.lineno} imports {name}")
+            used.update(names)
+    used = sorted(name for name in used - sys.stdlib_module_names if not name.startswith("."))
+    return f"imports {', '.join(used)}, the standard library and itself"
+
+
+def check_privacy(folder: Path) -> str:
+    """No access token, and no path of this machine (configurations may keep where a model was loaded from)."""
+    for path in [*folder.glob("*.json"), *folder.glob("*.md"), *folder.glob("*.jinja"), *folder.glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        if re.search(r"\bhf_[A-Za-z0-9]{30,}", text):
+            raise ValueError(f"{path.name} holds an access token")
+        for value in re.findall(r'": "([^"]{2,})"', text) if path.name in CONFIGURATION else []:
+            if os.path.isabs(value) and os.path.exists(value):
+                raise ValueError(f"{path.name} names {value}, a path of this machine")
+    return "no access token, no path of this machine"
+
+
+def check_card(folder: Path) -> str:
+    """The Hub's own classes read its metadata, which say what the Hub shows; its pictures are there."""
+    card = ModelCard.load(folder / "README.md")
+    data = card.data.to_dict()
+    expected = ("library_name", "pipeline_tag", "license", "language", "tags", "widget")
+    if missing := [key for key in expected if not data.get(key)]:
+        raise ValueError(f"README.md does not say {', '.join(missing)}")
+    if lost := sorted(name for name in pictures_of(card.text) if not (folder / name).exists()):
+        raise ValueError(f"README.md shows {', '.join(lost)}, which is not there")
+    return f"{data['library_name']}, {data['pipeline_tag']}, licence {data['license']}"
+
+
+def check_versions(folder: Path) -> str:
+    """The running transformers is a supported one, and so is the one that wrote the configuration."""
+    import transformers
+    from packaging.specifiers import SpecifierSet
+
+    written = read_json(folder / "config.json")["transformers_version"]
+    for version in (transformers.__version__, written):
+        if not SpecifierSet(TRANSFORMERS_RANGE, prereleases=True).contains(version):
+            raise ValueError(f"transformers {version} is not {TRANSFORMERS_RANGE}")
+    return f"transformers {TRANSFORMERS_RANGE}, written by {written}, checked with {transformers.__version__}"
+
+
+# --- The model -------------------------------------------------------------------------------------------------------
+
+
+class Stranger:
+    """Loads the folder. Each check needs those before it."""
+
+    def __init__(self, folder: Path, checkpoint: Path | None) -> None:
+        from PIL import Image
+
+        self.folder, self.checkpoint, self.path = folder, checkpoint, str(folder / "example.png")
+        self.picture = Image.open(self.path).convert("RGB")
+        self.question = [{"type": "image", "image": self.picture}, {"type": "text", "text": PROMPT}]
+
+    def checks(self) -> dict[str, Callable[[], str]]:
+        checks = {"auto classes": self.check_auto_classes, "pipelines": self.check_pipelines}
+        checks |= {"save and reload": self.check_reloading}
+        checks |= {"same as source": self.check_source} if self.checkpoint else {}
+        return checks | {"batch": self.check_batch}
+
+    def load(self, name: str, source: Path, **options: Any) -> Any:
+        import transformers
+
+        return getattr(transformers, name).from_pretrained(source, trust_remote_code=True, **options)
+
+    def ask(self, model: Any, processor: Any, *chats: list[dict]) -> list[str]:
+        """The greedy answers to a batch of questions."""
+        inputs = processor.apply_chat_template(
+            [[{"role": "user", "content": content}] for content in chats],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        )
+        answers = model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in processor.batch_decode(answers, skip_special_tokens=True)]
+
+    def check_auto_classes(self) -> str:
+        names = [*read_json(self.folder / "config.json")["auto_map"], "AutoTokenizer"]
+        loaded = {name: self.load(name, self.folder) for name in names}
+        self.processor = loaded["AutoProcessor"]
+        self.model, loading = self.load("AutoModelForImageTextToText", self.folder, output_loading_info=True)
+        if problems := {key: sorted(map(str, value)) for key, value in loading.items() if value}:
+            raise ValueError(f"the weights do not fit: {problems}")
+        self.answer = self.ask(self.model, self.processor, self.question)[0]
+        for name in ("AutoModelForCausalLM", "AutoModelForMultimodalLM"):
+            expect(self.ask(loaded[name], self.processor, self.question)[0], self.answer, name)
+        return f"{', '.join(name.removeprefix('Auto') for name in names)} load"
+
+    def check_pipelines(self) -> str:
+        from transformers import pipeline
+
+        captioner, chatter = (
+            pipeline(task, model=str(self.folder), device="cpu", trust_remote_code=True)
+            for task in ("image-to-text", "image-text-to-text")
+        )
+        caption = captioner(self.path, prompt=PROMPT, generate_kwargs=dict(GREEDY))[0]["generated_text"]
+        expect(caption, self.answer, "image-to-text")
+        chat = [{"role": "user", "content": [{"type": "image", "image": self.path}, self.question[1]]}]
+        text = chatter(text=chat, return_full_text=False, generate_kwargs=dict(GREEDY))[0]["generated_text"]
+        expect(text.strip(), self.answer, "image-text-to-text")
+        shown = ModelCard.load(self.folder / "README.md").data.widget[0]["output"]["text"]
+        expect(shown, caption, "the caption in the card")
+        return f"image-to-text, image-text-to-text and the card say {caption!r:.60}"
+
+    def check_reloading(self) -> str:
+        again = Path("again")
+        self.model.save_pretrained(again)
+        self.load("AutoProcessor", self.folder).save_pretrained(again)  # a fresh one: padding leaves its traces
+        for name in SAVED:
+            texts = [(folder / name).read_text(encoding="utf-8") for folder in (again, self.folder)]
+            saved, published = (re.sub(r'"transformers_version": "[^"]*"', "", text) for text in texts)
+            expect(saved, published, f"{name} saved again")
+        model = self.load("AutoModelForImageTextToText", again)
+        expect(self.ask(model, self.load("AutoProcessor", again), self.question)[0], self.answer, "the reloaded model")
+        return "the same files, the same answer"
+
+    def check_source(self) -> str:
+        model, processor = self.model, self.processor
+        if (self.checkpoint / CODE[-1]).exists():
+            model = self.load("AutoModelForImageTextToText", self.checkpoint)
+            processor = self.load("AutoProcessor", self.checkpoint)
+        else:  # weights without code: with the one that is published
+            model = type(model).from_pretrained(self.checkpoint)
+            processor = type(processor).from_pretrained(self.checkpoint)
+        image = self.question[:1]
+        for question in (self.question, image, [*image, *self.question]):
+            given = self.ask(self.model, self.processor, question)
+            expect(given, self.ask(model, processor, question), "the published model")
+        return "3 greedy answers equal those of the checkpoint"
+
+    def check_batch(self) -> str:
+        from PIL import ImageOps
+
+        pictures = [self.picture, ImageOps.flip(self.picture), ImageOps.invert(self.picture)]
+        chats = [[{"type": "image", "image": picture}, self.question[1]] for picture in pictures]
+        chats.append([*chats[0], *chats[1]])
+        self.model.float()  # half precision rounds differently in a batch: two equal candidates may change places
+        alone = [self.ask(self.model, self.processor, chat)[0] for chat in chats]
+        expect(self.ask(self.model, self.processor, *chats), alone, "a batch")
+        return f"{len(chats)} rows of different lengths and numbers of pictures answer as each alone"
+
+
+def expect(received: Any, expected: Any, name: str) -> None:
+    if received != expected:
+        raise ValueError(f"{name} gives {received!r:.200} instead of {expected!r:.200}")
+
+
+# --- The process -----------------------------------------------------------------------------------------------------
+
+
+def run_check(name: str, function: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, function())
+    except Exception as error:  # whatever goes wrong in what is checked is a line of the report
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        return Check(name, False, reason if type(error) is ValueError else f"{type(error).__name__}: {reason}")
+
+
+def refuse_network(event: str, arguments: tuple) -> None:
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        raise ConnectionError("the network was asked for while verifying")
+
+
+def main(folder: Path, result: Path, checkpoint: Path | None = None) -> None:
+    del sys.path[0]  # the folder of this file
+    sys.modules["minimind_v"] = None  # as if not installed
+    sys.addaudithook(refuse_network)
+    functions = {"files": check_files, "weights": check_weights, "code": check_code, "privacy": check_privacy}
+    functions |= {"card": check_card, "versions": check_versions}
+    checks = [run_check(name, partial(function, folder)) for name, function in functions.items()]
+    if all(check.ok for check in checks):
+        for name, function in Stranger(folder, checkpoint).checks().items():
+            checks.append(run_check(name, function))
+            if not checks[-1].ok:
+                break
+    result.write_text(json.dumps([dataclasses.asdict(check) for check in checks]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
