@@ -4,6 +4,8 @@ Importing this package registers its classes, so that `AutoModelForImageTextToTe
 `pipeline("image-to-text", ...)` work on MiniMind-V checkpoints without trust_remote_code.
 """
 
+from pathlib import Path
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,6 +26,7 @@ from .modeling_minimind_v import (
 from .processing_minimind_v import TRANSFORMERS_VERSION, MiniMindVImageToTextPipeline, MiniMindVProcessor
 
 __version__ = "0.1.0"
+EMBEDDED_MODEL = Path(__file__).resolve().parent / "checkpoints" / "minimind-v-emoji"
 
 AutoConfig.register("minimind", MiniMindConfig)
 AutoConfig.register("minimind_v", MiniMindVConfig)
@@ -50,6 +53,7 @@ if TRANSFORMERS_VERSION >= (5, 19):
     )
 
 __all__ = [
+    "EMBEDDED_MODEL",
     "MiniMindConfig",
     "MiniMindForCausalLM",
     "MiniMindModel",

@@ -12,7 +12,6 @@ decoder once per token, so it cannot be faster than the copy; prefill and tower 
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import statistics
@@ -26,19 +25,17 @@ from typing import Any
 
 import torch
 from PIL import Image
-from real_sizes import SIZES, make_config, make_model, make_processor, peak_memory_gb
+from real_sizes import SIZES, make_config, make_model, make_processor, peak_memory_gb, run_apart
 from tqdm import tqdm
 from transformers import (
     CompileConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
-    Qwen3Config,
-    Qwen3MoeConfig,
 )
 
 from minimind_v import MiniMindVConfig
+from minimind_v.conversion.export import library_config
 from minimind_v.conversion.key_maps import to_original
 
 Timings = dict[str, list[float]]
@@ -78,14 +75,10 @@ def limits(device: str, dtype: torch.dtype) -> tuple[float, float]:
 
 def make_llava(config: MiniMindVConfig, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     """LLaVA with the shapes of `config`: the same tower, decoder and number of image tokens."""
-    text = config.text_config
-    kind = Qwen3MoeConfig if text.use_moe else Qwen3Config if text.use_qk_norm else LlamaConfig
-    known = {"head_dim", *kind().to_dict()} - {"model_type", "architectures", "transformers_version", "layer_types"}
-    decoder = kind(**{name: value for name, value in text.to_dict().items() if name in known})
     return LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=config.vision_config,
-            text_config=decoder,
+            text_config=library_config(config.text_config),
             image_token_index=config.image_token_id,
             vision_feature_layer=-1,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
@@ -177,13 +170,13 @@ class Candidates:
         return rates
 
 
-def peak_memory(size: str, which: str, dtype: torch.dtype, queue: Any) -> None:
-    """Puts the process's peak memory in GB into `queue`, after a model was made and has answered one row."""
+def peak_memory(size: str, which: str, dtype: torch.dtype) -> float:
+    """The process's peak memory in GB after a model was made and has answered one row."""
     config = make_config(size)
     model = make_model(size, dtype) if which == "minimind_v" else make_llava(config, dtype)
     inputs = make_inputs(config, 1, dtype)
     model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    queue.put(peak_memory_gb())
+    return peak_memory_gb()
 
 
 def import_seconds(rounds: int) -> dict[str, float]:
@@ -284,15 +277,9 @@ def report(size: str, options: argparse.Namespace) -> dict[str, Any]:
         }
         add("loading", "loading", take_turns(loading, rounds, "loading"), "s")
     if options.device == "cpu":
-        context, memory = multiprocessing.get_context("spawn"), {}
         names = list(candidates.models)
         del candidates, ours
-        for name in names:
-            queue = context.SimpleQueue()
-            process = context.Process(target=peak_memory, args=(size, name, dtype, queue))
-            process.start()
-            process.join()
-            memory[name] = [queue.get()]
+        memory = {name: [run_apart(peak_memory, size, name, dtype)] for name in names}
         add("memory", "peak memory of a process, one row", memory, "GB")
 
     print(f"\n### {size}, {options.dtype}, {options.device}\n")

@@ -1,7 +1,11 @@
 """Models of the released sizes with random weights, and their processors, for the benchmarks."""
 
+import multiprocessing
 import resource
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -12,26 +16,17 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from minimind_v import MiniMindConfig, MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
+from minimind_v import (
+    EMBEDDED_MODEL,
+    MiniMindConfig,
+    MiniMindVConfig,
+    MiniMindVForConditionalGeneration,
+    MiniMindVProcessor,
+)
 
-CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "minimind-v-emoji"
-CLIP_B16 = CLIPVisionConfig(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    image_size=224,
-    patch_size=16,
-)
-SIGLIP_B32 = SiglipVisionConfig(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    image_size=256,
-    patch_size=32,
-    vision_use_head=False,
-)
+BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_B16 = CLIPVisionConfig(**BASE, image_size=224, patch_size=16)
+SIGLIP_B32 = SiglipVisionConfig(**BASE, image_size=256, patch_size=32, vision_use_head=False)
 MINIMIND2 = {"use_qk_norm": False, "num_attention_heads": 8, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
 # name -> tower, decoder; parameters of the decoder in the name
 SIZES = {
@@ -48,6 +43,12 @@ def peak_memory_gb() -> float:
     if status.exists():  # Linux: getrusage would count what the parent had before this process was started
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on macOS
+
+
+def run_apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns in a process of its own, whose peak memory is then its own too."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def make_config(name: str) -> MiniMindVConfig:
@@ -72,7 +73,7 @@ def make_model(name: str, dtype: torch.dtype = torch.float32) -> MiniMindVForCon
 
 def make_processor(config: MiniMindVConfig) -> MiniMindVProcessor:
     """Its processor, with the tokenizer of the embedded model: whose ids are all below the 6,400 of the decoder."""
-    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT, model_max_length=32768)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL, model_max_length=32768)
     is_clip = config.vision_config.model_type == "clip_vision_model"
     size = {"height": 256, "width": 256}
     image_processor = CLIPImageProcessorPil() if is_clip else SiglipImageProcessorPil(size=size)

@@ -11,7 +11,6 @@ projector and decoder move) of 130.
 
 import argparse
 import json
-import multiprocessing
 import platform
 import random
 import statistics
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from real_sizes import make_model, make_processor, peak_memory_gb
+from real_sizes import make_model, make_processor, peak_memory_gb, run_apart
 from tqdm import tqdm
 
 from minimind_v.training import MiniMindVDataCollator, MiniMindVDataset, freeze
@@ -77,18 +76,10 @@ class Bench:
         self.cache.fill(self.dataset)
         self.cache_seconds = time.perf_counter() - started
         pass_features_through(model)
-        self.collators = dict(
-            zip(
-                WAYS,
-                (
-                    PaddedTo768(processor),
-                    MiniMindVDataCollator(processor),
-                    MiniMindVDataCollator(processor, packing=True),
-                    MiniMindVDataCollator(processor, packing=True, image_features=self.cache),
-                ),
-                strict=True,
-            )
-        )
+        collators = [PaddedTo768(processor), MiniMindVDataCollator(processor)]
+        collators.append(MiniMindVDataCollator(processor, packing=True))
+        collators.append(MiniMindVDataCollator(processor, packing=True, image_features=self.cache))
+        self.collators = dict(zip(WAYS, collators, strict=True))
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
     def load(self, way: str, start: int, batch_size: int) -> tuple[dict[str, torch.Tensor], float]:
@@ -97,8 +88,8 @@ class Bench:
         batch = self.collators[way]([self.dataset[i] for i in range(start, start + batch_size)])
         return batch, time.perf_counter() - started
 
-    def step(self, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
-        """Seconds of a step (forward, backward, optimizer), and its loss."""
+    def step(self, batch: dict[str, torch.Tensor]) -> float:
+        """Seconds of a step: forward, backward, optimizer."""
         started = time.perf_counter()
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
@@ -106,21 +97,18 @@ class Bench:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        loss = loss.item()  # waits for a GPU
-        return time.perf_counter() - started, loss
+        loss.item()  # waits for a GPU
+        return time.perf_counter() - started
 
 
-def peak_memory(arguments: tuple[Any, ...], way: str, batch_size: int, queue: Any) -> None:
-    """Puts the peak memory of a step, in GB, into `queue`; for a process of its own."""
+def peak_memory(arguments: tuple[Any, ...], way: str, batch_size: int) -> float:
+    """Peak memory of a step, in GB; for a process of its own."""
     bench = Bench(*arguments)
     batch, _ = bench.load(way, 0, batch_size)
     if bench.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-        bench.step(batch)
-        queue.put(torch.cuda.max_memory_allocated() / 1e9)
-    else:
-        bench.step(batch)
-        queue.put(peak_memory_gb())
+    bench.step(batch)
+    return peak_memory_gb() if bench.device == "cpu" else torch.cuda.max_memory_allocated() / 1e9
 
 
 def run(size: str, stage: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -135,19 +123,14 @@ def run(size: str, stage: str, options: argparse.Namespace) -> dict[str, Any]:
         for number in tqdm(range(rounds + 1), desc=f"{size} {stage}", unit="round"):
             for way in WAYS:
                 batch, load_seconds = bench.load(way, number * batch_size, batch_size)
-                step_seconds, _ = bench.step(batch)
+                step_seconds = bench.step(batch)
                 if number:  # the first round warms up
                     seconds[way].append(step_seconds + load_seconds)
                     loading[way].append(load_seconds)
         cache_seconds = bench.cache_seconds / len(bench.dataset)
         del bench
-        context = multiprocessing.get_context("spawn")
-        for way in WAYS if options.memory else ():
-            queue = context.SimpleQueue()
-            process = context.Process(target=peak_memory, args=(arguments, way, batch_size, queue))
-            process.start()
-            process.join()
-            memory[way] = queue.get()
+        if options.memory:
+            memory = {way: run_apart(peak_memory, arguments, way, batch_size) for way in WAYS}
     result = {"size": size, "stage": stage, "cache_seconds_per_picture": cache_seconds, "ways": {}}
     reference = statistics.median(seconds[WAYS[0]])
     print(f"\n{size}, {stage}: {batch_size} rows a step, {rounds} rounds; the cache: {cache_seconds:.3f} s a row")

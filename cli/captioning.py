@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BatchFeature
 
+from .. import EMBEDDED_MODEL
 from ..image_loading_minimind_v import load_picture
-from .engine import EMBEDDED_MODEL, Engine, encode, note, question, report_speed, start_process
+from .engine import Engine, encode, note, question, report_speed, start_process
 
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
 ADDRESSES = ("http://", "https://", "data:")

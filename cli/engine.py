@@ -19,9 +19,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .. import EMBEDDED_MODEL
 from ..conversion.convert import count_parameters
 
-EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "checkpoints" / "minimind-v-emoji"
 DEFAULT_MAX_NEW_TOKENS = 512  # the original's
 
 

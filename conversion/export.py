@@ -5,17 +5,16 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedConfig,
     Qwen3Config,
-    Qwen3ForCausalLM,
     Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
+from ..configuration_minimind_v import MiniMindConfig
 from .convert import LANGUAGE_MODEL, TOWER, read_checkpoint, write_beside
 from .key_maps import to_original
 
@@ -62,6 +61,14 @@ def export_to_original(
     return output
 
 
+def library_config(text: MiniMindConfig) -> PreTrainedConfig:
+    """Configuration of the library's decoder with the same shapes: Qwen3-MoE, Qwen3, or without q/k norm Llama."""
+    config_class = Qwen3MoeConfig if text.use_moe else Qwen3Config if text.use_qk_norm else LlamaConfig
+    own = {"model_type", "architectures", "transformers_version", "layer_types"}
+    known = {"head_dim", *config_class().to_dict()} - own
+    return config_class(**{name: value for name, value in text.to_dict().items() if name in known})
+
+
 def export_text_backbone(checkpoint: str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
     """Writes the decoder as a plain model of the library, for llama.cpp, MLX and others that know those.
 
@@ -86,16 +93,8 @@ def export_text_backbone(checkpoint: str | Path, output: str | Path, *, overwrit
             "No model of the library computes MiniMind2's experts (shared experts without a gate, no q/k norm). Only "
             "dense MiniMind2 and MiniMind-3 decoders can be exported; use this package for the others."
         )
-    if text.use_moe:
-        config_class, model_class = Qwen3MoeConfig, Qwen3MoeForCausalLM
-    else:
-        config_class, model_class = (
-            (Qwen3Config, Qwen3ForCausalLM) if text.use_qk_norm else (LlamaConfig, LlamaForCausalLM)
-        )
-    own = {"model_type", "architectures", "transformers_version", "layer_types"}
-    known = {"head_dim", *config_class().to_dict()} - own
     with torch.device("meta"):
-        model = model_class(config_class(**{name: value for name, value in text.to_dict().items() if name in known}))
+        model = AutoModelForCausalLM.from_config(library_config(text))
     state = {
         name.replace(LANGUAGE_MODEL, "model."): tensor
         for name, tensor in state.items()

@@ -1,19 +1,17 @@
 """Captions pictures with the embedded model: python examples/caption.py examples/images"""
 
 import argparse
-from pathlib import Path
 
 from transformers import pipeline
 
+from minimind_v import EMBEDDED_MODEL
 from minimind_v.cli.captioning import find_pictures
-
-CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "minimind-v-emoji"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pictures", nargs="+", help="picture files, folders of them, patterns, or URLs")
-    parser.add_argument("--model", default=str(CHECKPOINT), help="checkpoint folder or Hub repository")
+    parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="checkpoint folder or Hub repository")
     parser.add_argument("--prompt", default="Describe this image.", help="for example 这是什么？")
     arguments = parser.parse_args()
 

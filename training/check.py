@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoProcessor
 
+from .. import EMBEDDED_MODEL
 from ..image_loading_minimind_v import load_picture
 from .collator import MiniMindVDataCollator
 from .data import MiniMindVDataset, pictures_of
 
-EMBEDDED_MODEL = Path(__file__).resolve().parents[1] / "checkpoints" / "minimind-v-emoji"
 HTML_ROWS = 100  # pictures stand in the page itself
 
 

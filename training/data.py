@@ -19,7 +19,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-CAPTION_PROMPT = "Describe this image."
+from ..processing_minimind_v import DEFAULT_PROMPT
+
 MARKER = "<image>"
 
 
@@ -75,7 +76,7 @@ def normalize_row(row: dict[str, Any] | str, folder: Path = Path()) -> list[dict
         messages = [{"role": roles[i % 2], **message} for i, message in enumerate(messages)]
     elif "file_name" in row and ("text" in row or "caption" in row):
         answer = row["text"] if "text" in row else row["caption"]
-        question = f"{MARKER}{row.get('prompt') or CAPTION_PROMPT}"
+        question = f"{MARKER}{row.get('prompt') or DEFAULT_PROMPT}"
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         images = [row["file_name"]]
     else:

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from minimind_v import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
+from minimind_v.cli.engine import encode
 
 STYLES = ("google", "twitter")
 
@@ -135,14 +136,7 @@ def evaluate(folder: Path, files: list[Path], kinds: list[dict]) -> dict[str, fl
                 [{"role": "user", "content": [{"type": "image", "path": str(file)}, question]}]
                 for file in files[start : start + 128]
             ]
-            inputs = processor.apply_chat_template(
-                chats,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True},
-            )
+            inputs = encode(processor, chats)
             output = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
             captions += [text.strip() for text in processor.batch_decode(output, skip_special_tokens=True)]
         for i, style in enumerate(STYLES):

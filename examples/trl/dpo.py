@@ -3,18 +3,18 @@
 Every row has an answer to prefer and one to avoid; here, a short name is preferred to a whole sentence.
 """
 
-from emoji_rows import CHECKPOINT, answer, load_rows, question
+from emoji_rows import answer, load_rows, question
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 from trl import DPOConfig, DPOTrainer
 
-import minimind_v  # noqa: F401 - lets the Auto classes know the model
+from minimind_v import EMBEDDED_MODEL  # the import also lets the Auto classes know the model
 
 parser = HfArgumentParser(DPOConfig)
 parser.set_defaults(output_dir="minimind-v-dpo", learning_rate=1e-4, num_train_epochs=5, logging_steps=1)
 parser.set_defaults(max_length=None, bf16=False)
 (arguments,) = parser.parse_args_into_dataclasses()
 
-model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype="float32")
+model = AutoModelForImageTextToText.from_pretrained(EMBEDDED_MODEL, dtype="float32")
 model.model.vision_tower.requires_grad_(False)
 trainer = DPOTrainer(
     model,
@@ -26,7 +26,7 @@ trainer = DPOTrainer(
             "rejected": [answer(f"I believe that this is a picture of a {name}.")],
         }
     ),
-    processing_class=AutoProcessor.from_pretrained(CHECKPOINT),
+    processing_class=AutoProcessor.from_pretrained(EMBEDDED_MODEL),
 )
 trainer.train()
 trainer.save_model()

@@ -6,7 +6,6 @@ from typing import Any
 from datasets import Dataset, Image, List
 
 EXAMPLES = Path(__file__).resolve().parents[1]
-CHECKPOINT = EXAMPLES.parent / "checkpoints" / "minimind-v-emoji"
 
 
 def question(text: str = "What is in this picture?") -> dict[str, Any]:

@@ -5,11 +5,11 @@ The model answers each question several times; answers that a reward function li
 
 from typing import Any
 
-from emoji_rows import CHECKPOINT, load_rows, question
+from emoji_rows import load_rows, question
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 from trl import GRPOConfig, GRPOTrainer
 
-import minimind_v  # noqa: F401 - lets the Auto classes know the model
+from minimind_v import EMBEDDED_MODEL  # the import also lets the Auto classes know the model
 
 
 def names_the_thing(completions: list[Any], name: list[str], **kwargs: Any) -> list[float]:
@@ -24,14 +24,14 @@ parser.set_defaults(per_device_train_batch_size=8, num_generations=4, max_comple
 parser.set_defaults(temperature=2.0)  # this model is so sure of its answers that they would all be the same
 (arguments,) = parser.parse_args_into_dataclasses()
 
-model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype="float32")
+model = AutoModelForImageTextToText.from_pretrained(EMBEDDED_MODEL, dtype="float32")
 model.model.vision_tower.requires_grad_(False)
 trainer = GRPOTrainer(
     model,
     reward_funcs=names_the_thing,
     args=arguments,
     train_dataset=load_rows(lambda name: {"prompt": [question()], "name": name}),
-    processing_class=AutoProcessor.from_pretrained(CHECKPOINT),
+    processing_class=AutoProcessor.from_pretrained(EMBEDDED_MODEL),
 )
 trainer.train()
 trainer.save_model()

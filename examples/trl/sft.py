@@ -5,24 +5,24 @@ carry no loss. A mixture of experts gets TRL's router loss (the mean over the la
 sum).
 """
 
-from emoji_rows import CHECKPOINT, answer, load_rows, question
+from emoji_rows import answer, load_rows, question
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
-import minimind_v  # noqa: F401 - lets the Auto classes know the model
+from minimind_v import EMBEDDED_MODEL  # the import also lets the Auto classes know the model
 
 parser = HfArgumentParser(SFTConfig)
 parser.set_defaults(output_dir="minimind-v-sft", learning_rate=1e-3, num_train_epochs=5, logging_steps=1)
 parser.set_defaults(assistant_only_loss=True, max_length=None, bf16=False)
 (arguments,) = parser.parse_args_into_dataclasses()
 
-model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype="float32")
+model = AutoModelForImageTextToText.from_pretrained(EMBEDDED_MODEL, dtype="float32")
 model.model.vision_tower.requires_grad_(False)
 trainer = SFTTrainer(
     model,
     arguments,
     train_dataset=load_rows(lambda name: {"messages": [question(), answer(f"This is a picture of: {name}.")]}),
-    processing_class=AutoProcessor.from_pretrained(CHECKPOINT),
+    processing_class=AutoProcessor.from_pretrained(EMBEDDED_MODEL),
 )
 trainer.train()
 trainer.save_model()
