@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from .convert import convert
+from .convert import Summary, convert_checkpoint
 from .key_maps import GENERATIONS
 
 EXAMPLES = """\
@@ -43,8 +43,9 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     output = arguments.pop("output")
     arguments["dtype"] = getattr(torch, arguments["dtype"]) if arguments["dtype"] else None
+    summary = Summary()
     try:
-        summary = convert(arguments.pop("checkpoint"), output, **arguments)
+        convert_checkpoint(arguments.pop("checkpoint"), output, **arguments, summary=summary)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(summary)

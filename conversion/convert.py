@@ -77,6 +77,7 @@ def convert_checkpoint(
     generation: str | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    summary: Summary | None = None,
 ) -> Path:
     """Turns a checkpoint of the original project into one of this package that computes the same numbers.
 
@@ -91,6 +92,7 @@ def convert_checkpoint(
         generation: One of [`GENERATIONS`]; left out, recognised from the names of the tensors.
         dtype: Of all weights; left out, every tensor keeps its own.
         overwrite: Replace an `output` that is not empty.
+        summary: Filled with what was found, for example to print it.
 
     Returns:
         The output folder.
@@ -100,24 +102,7 @@ def convert_checkpoint(
         FileNotFoundError: The checkpoint does not exist.
         ValueError: Not a checkpoint, or tensors are unknown, missing or of the wrong shape; the message lists them.
     """
-    options = {"vision_encoder": vision_encoder, "tokenizer": tokenizer, "original_config": original_config}
-    convert(checkpoint, output, **options, generation=generation, dtype=dtype, overwrite=overwrite)
-    return Path(output).expanduser()
-
-
-def convert(
-    checkpoint: str | Path,
-    output: str | Path,
-    *,
-    vision_encoder: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    original_config: dict[str, Any] | str | Path | None = None,
-    generation: str | None = None,
-    dtype: torch.dtype | None = None,
-    overwrite: bool = False,
-) -> Summary:
-    """[`convert_checkpoint`], with a summary of what was found."""
-    summary, output = Summary(), Path(output).expanduser()
+    summary, output = summary or Summary(), Path(output).expanduser()
     checkpoint, vision_encoder, tokenizer, original_config = (
         Path(source).expanduser() if isinstance(source, (str, Path)) and local_path(source) else source
         for source in (checkpoint, vision_encoder, tokenizer, original_config)
@@ -191,7 +176,7 @@ def convert(
                 wrapped = MiniMindVProcessor(image_processor(summary.config, vision_encoder), wrapped, length, token)
             wrapped.save_pretrained(folder)
         progress.update()
-    return summary
+    return output
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.former: dict[int, Any] = {}
 
     def receive(self, number: int, frame: Any) -> None:
         self.received = number
@@ -26,7 +27,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+            self.former[number] = signal.signal(number, self.receive)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -39,8 +40,8 @@ class StopOnSignal(TrainerCallback):
         return control
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
 
 
 class SampleAnswers(TrainerCallback):
