@@ -99,7 +99,7 @@ def test_command_creates_a_repository_of_exactly_what_it_verified(hub, published
     result, output, sent = published
     assert "11 of 11 checks passed" in result.stdout and "FAIL" not in result.stdout
     assert held(hub, REPO) == held(hub, REPO, "v1") == contents(output)
-    assert {path.name for path in output.iterdir()} == hub_checks.REQUIRED | {"model.safetensors"}
+    assert {path.name for path in output.iterdir()} == hub_checks.REQUIRED | {"model.safetensors", "grid.png"}
     assert (output / "model.safetensors").read_bytes() == (CHECKPOINT / "model.safetensors").read_bytes()
     repository = hub.repositories[REPO]
     assert len(repository.commits) == 2  # the Hub's own first one, and one
