@@ -2,8 +2,10 @@
 
     python benchmarks/inference.py                        # random weights of all released sizes
     python benchmarks/inference.py --size minimind3-65m --compile
+    python benchmarks/inference.py --checkpoint checkpoints/minimind-v-emoji
     python benchmarks/inference.py --original CHECKOUT    # a clone of the original project, on the same weights
 
+`by column` is minimind_v with its weights stored column by column, as the command line has them on a CPU.
 Everything is greedy, without an end token, and interleaved: each round measures every candidate once, and the median
 of the rounds counts. Beside the figures stand the limits of the machine, measured in the same run: bytes per second of
 a copy, and floating-point operations per second of a matrix product. Decoding one row reads every weight of the
@@ -11,6 +13,7 @@ decoder once per token, so it cannot be faster than the copy; prefill and tower 
 """
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -32,13 +35,16 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
+    StoppingCriteria,
 )
 
-from minimind_v import MiniMindVConfig
+from minimind_v import MiniMindVConfig, MiniMindVForConditionalGeneration
+from minimind_v.cli.engine import store_by_column
 from minimind_v.conversion.export import library_config
 from minimind_v.conversion.key_maps import to_original
 
 Timings = dict[str, list[float]]
+BY_COLUMN = "by column"
 
 
 def seconds(action: Callable[[], Any]) -> float:
@@ -52,14 +58,19 @@ def seconds(action: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def take_turns(actions: dict[str, Callable[[], Any]], rounds: int, title: str) -> Timings:
-    """Seconds of each action in each round; one round before warms up."""
+def take_turns(
+    actions: dict[str, Callable],
+    rounds: int,
+    title: str,
+    measure: Callable[[Callable], float] = seconds,
+) -> Timings:
+    """Seconds (or what `measure` gives) of each action in each round; one round before warms up."""
     timings: Timings = {name: [] for name in actions}
     for number in tqdm(range(rounds + 1), desc=title, unit="round", leave=False):
         for name, action in actions.items():
-            duration = seconds(action)
+            figure = measure(action)
             if number:
-                timings[name].append(duration)
+                timings[name].append(figure)
     return timings
 
 
@@ -105,15 +116,33 @@ def make_original(checkout: str, model: PreTrainedModel) -> torch.nn.Module:
     return original.to(model.device, model.dtype).eval()
 
 
+class Clock(StoppingCriteria):
+    """Never stops `generate()`, but notes when each token is there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def rate(self) -> float:
+        """Tokens per second of a row, after its first."""
+        return (len(self.times) - 1) / (self.times[-1] - self.times[0])
+
+
 @torch.no_grad()
-def generate_as_the_original(model: torch.nn.Module, input_ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
+def generate_as_the_original(model: torch.nn.Module, input_ids: torch.Tensor, new_tokens: int, clock: Clock) -> None:
     """The original's loop, greedy: its forward with its cache, one token at a time."""
     outputs = model(input_ids, use_cache=True)
-    for _ in range(new_tokens - 1):
+    for _ in range(new_tokens):
         token = outputs.logits[:, -1:].argmax(-1)
         input_ids = torch.cat((input_ids, token), dim=1)
-        outputs = model(token, past_key_values=outputs.past_key_values, use_cache=True)
-    return torch.cat((input_ids, outputs.logits[:, -1:].argmax(-1)), dim=1)
+        clock(input_ids, outputs.logits)
+        if len(clock.times) < new_tokens:
+            outputs = model(token, past_key_values=outputs.past_key_values, use_cache=True)
 
 
 def make_inputs(config: MiniMindVConfig, rows: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -133,15 +162,26 @@ def make_inputs(config: MiniMindVConfig, rows: int, dtype: torch.dtype) -> dict[
     return inputs | {"pixel_values": torch.randn(rows, 3, size, size, generator=generator).to(dtype)}
 
 
+def make_ours(source: str, dtype: torch.dtype) -> MiniMindVForConditionalGeneration:
+    """A released size with random weights, or the checkpoint of a folder."""
+    if source in SIZES:
+        return make_model(source, dtype)
+    model = MiniMindVForConditionalGeneration.from_pretrained(source, dtype=dtype).eval()
+    model.generation_config.update(pad_token_id=0, eos_token_id=None)
+    return model
+
+
 class Candidates:
     """The models to compare, on the same inputs."""
 
-    def __init__(self, name: str, device: str, dtype: torch.dtype, original: str | None) -> None:
-        self.config, self.device, self.dtype = make_config(name), device, dtype
-        ours = make_model(name, dtype).to(device)
+    def __init__(self, source: str, device: str, dtype: torch.dtype, original: str | None) -> None:
+        ours = make_ours(source, dtype).to(device)
+        self.config, self.device, self.dtype = ours.config, device, dtype
         llava = make_llava(self.config, dtype).to(device)
-        llava.generation_config.update(pad_token_id=0, eos_token_id=None)
+        llava.generation_config = copy.deepcopy(ours.generation_config)
         self.models: dict[str, PreTrainedModel] = {"minimind_v": ours, "LLaVA": llava}
+        self.by_column = copy.deepcopy(ours)  # as the command line has it on a CPU
+        store_by_column(self.by_column)
         self.original = make_original(original, ours) if original else None
 
     def inputs(self, rows: int) -> dict[str, torch.Tensor]:
@@ -149,34 +189,55 @@ class Candidates:
 
     def generate(self, name: str, inputs: dict[str, Any], new_tokens: int, **options: Any) -> torch.Tensor:
         limits = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-        return self.models[name].generate(**inputs, **limits, **options)
+        model = self.by_column if name == BY_COLUMN else self.models[name]
+        return model.generate(**inputs, **limits, **options)
 
-    def decoding(self, rows: int, new_tokens: int, rounds: int, **options: Any) -> dict[str, list[float]]:
-        """Tokens per second after the first one, all rows together, per candidate and round."""
+    def decoding(self, rows: int, new_tokens: int, rounds: int, **options: Any) -> Timings:
+        """Tokens per second after the first one, all rows together, per candidate and round.
+
+        The original answers one row at a time, whatever the number of rows.
+        """
         inputs = self.inputs(rows)
-        actions: dict[str, Callable[[], Any]] = {}
-        for name in self.models:
-            actions[f"{name} first"] = lambda name=name: self.generate(name, inputs, 1, **options)
-            actions[name] = lambda name=name: self.generate(name, inputs, 1 + new_tokens, **options)
-        if self.original is not None and rows == 1 and not options:
-            ids = self.inputs(1)["input_ids"].clamp(min=100)  # as many tokens, all of them text
-            actions["original first"] = lambda: generate_as_the_original(self.original, ids, 1)
-            actions["original"] = lambda: generate_as_the_original(self.original, ids, 1 + new_tokens)
-        timings = take_turns(actions, rounds, f"decoding {rows} rows")
-        rates = {}
-        for name in [name for name in actions if not name.endswith(" first")]:
-            pairs = zip(timings[name], timings[f"{name} first"], strict=True)
-            rates[name] = [rows * new_tokens / (whole - first) for whole, first in pairs]
-        return rates
+        text = self.inputs(1)["input_ids"].clamp(min=100)  # for the original: as many tokens, all of them text
+
+        def measure(generate: Callable[[Clock], Any]) -> float:
+            clock = Clock()
+            generate(clock)
+            return clock.rate()
+
+        actions: dict[str, Callable[[Clock], Any]] = {
+            name: lambda clock, name=name: self.generate(
+                name, inputs, 1 + new_tokens, stopping_criteria=[clock], **options
+            )
+            for name in (*self.models, BY_COLUMN)
+        }
+        if self.original is not None:
+            actions["original"] = lambda clock: generate_as_the_original(self.original, text, 1 + new_tokens, clock)
+        rates = take_turns(actions, rounds, f"decoding {rows} rows", measure)
+        return {name: [rate * (1 if name == "original" else rows) for rate in rates[name]] for name in rates}
 
 
-def peak_memory(size: str, which: str, dtype: torch.dtype) -> float:
+def peak_memory(source: str, which: str, dtype: torch.dtype) -> float:
     """The process's peak memory in GB after a model was made and has answered one row."""
-    config = make_config(size)
-    model = make_model(size, dtype) if which == "minimind_v" else make_llava(config, dtype)
+    config = make_config(source) if source in SIZES else MiniMindVConfig.from_pretrained(source)
+    model = make_ours(source, dtype) if which == "minimind_v" else make_llava(config, dtype)
     inputs = make_inputs(config, 1, dtype)
     model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
     return peak_memory_gb()
+
+
+def profile(candidates: Candidates, new_tokens: int) -> None:
+    """Prints where the time of decoding one row goes, operation by operation."""
+    inputs = candidates.inputs(1)
+    for name in candidates.models:
+        candidates.generate(name, inputs, 8)
+        plain = seconds(lambda name=name: candidates.generate(name, inputs, new_tokens))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            candidates.generate(name, inputs, new_tokens)
+        print(
+            f"\n{name}: {new_tokens} tokens in {plain:.2f} s without the profiler, which slows small operations down"
+        )
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
 
 
 def import_seconds(rounds: int) -> dict[str, float]:
@@ -193,14 +254,14 @@ def import_seconds(rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in take_turns(actions, rounds, "imports").items()}
 
 
-def report(size: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Measures one size and prints its table."""
+def report(source: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Measures one model and prints its table."""
     dtype = getattr(torch, options.dtype)
-    candidates = Candidates(size, options.device, dtype, options.original)
+    candidates = Candidates(source, options.device, dtype, options.original)
     ours, config, rounds = candidates.models["minimind_v"], candidates.config, options.rounds
     bandwidth, flops = limits(options.device, dtype)
     lines: list[tuple[str, str, str, str]] = []
-    result: dict[str, Any] = {"size": size, "bandwidth": bandwidth, "flops": flops}
+    result: dict[str, Any] = {"model": source, "bandwidth": bandwidth, "flops": flops}
 
     def add(key: str, title: str, values: dict[str, list[float]], unit: str, share: Callable | None = None) -> None:
         """A row of the table: each candidate's median and spread, and our ratio to the others (above 1: faster)."""
@@ -210,7 +271,7 @@ def report(size: str, options: argparse.Namespace) -> dict[str, Any]:
         figures = [
             f"{name} {medians[name]:.4g} {unit} ({min(value):.4g}-{max(value):.4g})" for name, value in values.items()
         ]
-        result[key] = {"medians": medians, "ratios": ratios, "unit": unit}
+        result[key] = {"medians": medians, "ratios": ratios, "unit": unit, "rounds": values}
         if share is not None:
             result[key]["share_of_limit"] = share(mine)
         lines.append(
@@ -257,6 +318,8 @@ def report(size: str, options: argparse.Namespace) -> dict[str, Any]:
         rates = candidates.decoding(rows, options.new_tokens, rounds)
         limit = (lambda rate: rate * weights / bandwidth) if rows == 1 else None
         add(f"decode_{rows}", f"decoding {rows} rows", rates, "tokens/s", limit)
+    if options.profile:
+        profile(candidates, 4 * options.new_tokens)
     if options.compile:
         compile_config = CompileConfig(fullgraph=True)
         compile_config._compile_all_devices = True  # generate() compiles on GPUs only, unless asked
@@ -264,6 +327,8 @@ def report(size: str, options: argparse.Namespace) -> dict[str, Any]:
         compiled = candidates.decoding(1, options.new_tokens, rounds, **static)
         add("decode_1_compiled", "decoding 1 row, static cache, compiled", compiled, "tokens/s")
         for name, rates in compiled.items():
+            if name == "original":
+                continue
             eager = result["decode_1"]["medians"][name]
             result["decode_1_compiled"][f"{name}_to_eager"] = statistics.median(rates) / eager
             lines.append((f"compiled to eager, {name}", "", f"{statistics.median(rates) / eager:.2f}x", ""))
@@ -279,10 +344,10 @@ def report(size: str, options: argparse.Namespace) -> dict[str, Any]:
     if options.device == "cpu":
         names = list(candidates.models)
         del candidates, ours
-        memory = {name: [run_apart(peak_memory, size, name, dtype)] for name in names}
+        memory = {name: [run_apart(peak_memory, source, name, dtype)] for name in names}
         add("memory", "peak memory of a process, one row", memory, "GB")
 
-    print(f"\n### {size}, {options.dtype}, {options.device}\n")
+    print(f"\n### {source}, {options.dtype}, {options.device}\n")
     print(f"Limits: copy {bandwidth / 1e9:.1f} GB/s, matrix product {flops / 1e9:.0f} GFLOP/s.\n")
     print("| | median (spread) | minimind_v is | share of the limit |\n|---|---|---|---|")
     for line in lines:
@@ -310,25 +375,28 @@ def draw(results: list[dict[str, Any]], path: str) -> None:
         }
         axes.barh(list(bars)[::-1], list(bars.values())[::-1])
         axes.axvline(1, color="black", linewidth=1)
-        axes.set(title=result["size"], xlabel="above 1: minimind_v is faster, or smaller")
+        axes.set(title=result["model"], xlabel="above 1: minimind_v is faster, or smaller")
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", action="append", choices=list(SIZES), help="default: all")
+    parser.add_argument("--size", action="append", choices=list(SIZES), help="default: all, or none with --checkpoint")
+    parser.add_argument("--checkpoint", action="append", metavar="FOLDER", help="also a model of yours")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64], help="rows to decode at once")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also with a static cache and torch.compile (minutes)")
+    parser.add_argument("--profile", action="store_true", help="also print what decoding spends its time on")
     parser.add_argument("--original", metavar="CHECKOUT", help="clone of the original project")
     parser.add_argument("--chart", metavar="PNG", help="picture of the ratios to write")
     options = parser.parse_args()
     imports = import_seconds(options.rounds)
     print(f"Import: transformers' parts {imports['transformers']:.2f} s, minimind_v {imports['minimind_v']:.2f} s")
-    results = [report(size, options) for size in options.size or SIZES]
+    sources = (options.size or []) + (options.checkpoint or [])
+    results = [report(source, options) for source in sources or SIZES]
     if options.chart:
         draw(results, options.chart)
     machine = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 import typer
 from accelerate import PartialState
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BatchFeature,
     CompileConfig,
+    PreTrainedModel,
     TextStreamer,
     set_seed,
 )
@@ -46,6 +48,17 @@ def start_process(device: str) -> PartialState:
     on_cpu = device == "cpu" or not (available["cuda"] or available["mps"])
     # Processes wait for each other at the end only, however long one takes.
     return PartialState(cpu=on_cpu, timeout=timedelta(days=30))
+
+
+def store_by_column(model: PreTrainedModel) -> None:
+    """Stores the weights of the decoder's linear layers column by column in memory; values and shapes stay.
+
+    A CPU then decodes one row of float32 about 1.3 times as fast, because PyTorch's matrix product (MKL) reads such
+    weights faster for a single row; for many rows nothing changes (benchmarks/README.md).
+    """
+    for module in model.model.language_model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 class Engine:
@@ -92,6 +105,8 @@ class Engine:
         if kind != "minimind_v":
             raise ValueError(f"{source} is a {kind} model, not a vision-language one of this package (minimind_v).")
         self.model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(self.device).eval()
+        if self.device.type == "cpu":
+            store_by_column(self.model)
         self.processor = AutoProcessor.from_pretrained(source)
 
         config = self.model.generation_config
