@@ -54,7 +54,7 @@ def store_by_column(model: PreTrainedModel) -> None:
     """Stores the weights of the decoder's linear layers column by column in memory; values and shapes stay.
 
     A CPU then decodes one row of float32 about 1.3 times as fast, because PyTorch's matrix product (MKL) reads such
-    weights faster for a single row; for many rows nothing changes (benchmarks/README.md).
+    weights faster for a single row; many rows take about as long (benchmarks/README.md).
     """
     for module in model.model.language_model.modules():
         if isinstance(module, nn.Linear):
