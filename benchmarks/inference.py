@@ -136,13 +136,12 @@ class Clock(StoppingCriteria):
 @torch.no_grad()
 def generate_as_the_original(model: torch.nn.Module, input_ids: torch.Tensor, new_tokens: int, clock: Clock) -> None:
     """The original's loop, greedy: its forward with its cache, one token at a time."""
-    outputs = model(input_ids, use_cache=True)
+    unseen, cache = input_ids, None
     for _ in range(new_tokens):
-        token = outputs.logits[:, -1:].argmax(-1)
-        input_ids = torch.cat((input_ids, token), dim=1)
+        outputs = model(unseen, past_key_values=cache, use_cache=True)
+        unseen, cache = outputs.logits[:, -1:].argmax(-1), outputs.past_key_values
+        input_ids = torch.cat((input_ids, unseen), dim=1)
         clock(input_ids, outputs.logits)
-        if len(clock.times) < new_tokens:
-            outputs = model(token, past_key_values=outputs.past_key_values, use_cache=True)
 
 
 def make_inputs(config: MiniMindVConfig, rows: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -105,7 +105,7 @@ class Engine:
         if kind != "minimind_v":
             raise ValueError(f"{source} is a {kind} model, not a vision-language one of this package (minimind_v).")
         self.model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(self.device).eval()
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and self.model.dtype == torch.float32:
             store_by_column(self.model)
         self.processor = AutoProcessor.from_pretrained(source)
 
