@@ -117,11 +117,11 @@ def assemble(checkpoint: str | Path, output: str | Path, *, repo_id: str, licens
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
     import minimind_v
-    from minimind_v.conversion.convert import write_beside
+    from minimind_v.common import atomic_output
 
     code = Path(minimind_v.__file__).parent  # what is published is what runs here
     weights = [path for path in checkpoint.iterdir() if WEIGHTS.fullmatch(path.name)]
-    with clear_disk_errors(output), write_beside(output, overwrite=True) as folder:
+    with clear_disk_errors(output), atomic_output(output, overwrite=True) as folder:
         needed, free = sum(path.stat().st_size for path in weights), shutil.disk_usage(output.parent).free
         if free < needed:
             raise OSError(errno.ENOSPC, f"{needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free")
@@ -194,7 +194,7 @@ def clear_disk_errors(output: Path) -> Iterator[None]:
 def write_card(checkpoint: Path, model: Any, repo_id: str, license: str | None, caption: str) -> ModelCard:
     """The card of the checkpoint, if it has one, with all that it does not say itself."""
     from minimind_v import __version__
-    from minimind_v.conversion.convert import count_parameters
+    from minimind_v.common import count_parameters
 
     own_data, own_text = {}, ""
     if (checkpoint / "README.md").exists():

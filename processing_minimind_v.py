@@ -17,7 +17,7 @@ from transformers import BatchFeature, ImageTextToTextPipeline, Pipeline, Proces
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.16's top level wants torchvision
 from transformers.processing_utils import MultiModalData
 
-from .image_loading_minimind_v import load_picture
+from .image_loading_minimind_v import load_image
 
 TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 # A centre crop to a square sees nothing beyond this ratio of sides, with a margin for the resampling filter.
@@ -37,7 +37,7 @@ class MiniMindVProcessor(ProcessorMixin):
         chat_template: Jinja template; left out, the tokenizer's.
 
     Call it with `text` and `images`, or use `apply_chat_template(..., tokenize=True, return_dict=True)`. Pictures are
-    given as in [`load_picture`]: one, a list in reading order over the batch, or a list per sample.
+    given as in [`load_image`]: one, a list in reading order over the batch, or a list per sample.
 
     Returns `input_ids`, `attention_mask` `[B, T]` and `pixel_values` `[N, 3, height, width]`, N images in all.
 
@@ -113,7 +113,7 @@ class MiniMindVProcessor(ProcessorMixin):
 
     @staticmethod
     def _load(source: Any, name: str, crops: bool) -> Image.Image:
-        picture = load_picture(source, name)
+        picture = load_image(source, name)
         width, height = picture.size
         side = MAX_ASPECT_RATIO * min(width, height)
         if crops and max(width, height) > side:
@@ -251,7 +251,7 @@ class MiniMindVImageToTextPipeline(ImageTextToTextPipeline):
         """Captions one picture, a list of pictures, or a dataset or generator of pictures.
 
         Args:
-            inputs: A picture as in [`load_picture`], or several.
+            inputs: A picture as in [`load_image`], or several.
             prompt: The question about it; left out, "Describe this image."
             **kwargs: `max_new_tokens`, `batch_size`, `generate_kwargs`, or any argument of `generate`.
 

@@ -39,9 +39,9 @@ from transformers import (
 )
 
 from minimind_v import MiniMindVConfig, MiniMindVForConditionalGeneration
-from minimind_v.cli.engine import store_by_column
-from minimind_v.conversion.export import library_config
 from minimind_v.conversion.key_maps import to_original
+from minimind_v.export.export import library_config
+from minimind_v.inference.engine import store_by_column
 
 Timings = dict[str, list[float]]
 BY_COLUMN = "by column"

@@ -127,9 +127,9 @@ def caption(
 
     \b
     On several GPUs:
-      accelerate launch -m minimind_v.cli caption photos --output captions.jsonl
+      accelerate launch -m minimind_v_cli caption photos --output captions.jsonl
     """
-    from minimind_v.cli.captioning import caption_pictures, find_pictures
+    from minimind_v.inference.captioning import caption_pictures, find_pictures
 
     try:
         broken = caption_pictures(find_pictures(pictures), prompt, output, batch_size, workers, options)
@@ -150,7 +150,7 @@ def chat(
     /image PATH adds a picture to the next question, /reset begins anew, /help, /exit. Answers are sampled, unless
     --greedy is given.
     """
-    from minimind_v.cli.chatting import talk
+    from minimind_v.inference.chatting import talk
 
     talk(image or [], options)
 
@@ -163,7 +163,7 @@ def compare(
     prompt: Annotated[str, typer.Option(help="What to ask about the two.")] = "What do these two images show?",
 ) -> None:
     """Ask one question about two pictures. (The embedded model was trained on single ones.)"""
-    from minimind_v.cli.chatting import ask_once
+    from minimind_v.inference.chatting import ask_once
 
     ask_once([a, b], prompt, options)
 

@@ -1,10 +1,7 @@
 """Checkpoints of the original project -> checkpoints of this package."""
 
 import contextlib
-import json
 import re
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from ..common import atomic_output, count_parameters, read_json
 from ..configuration_minimind_v import MiniMindVConfig
 from ..modeling_minimind_v import (
     MiniMindForCausalLM,
@@ -61,7 +59,7 @@ class Summary:
             f"Generation   {self.generation}: {GENERATIONS[self.generation]}",
             f"Sizes        {text.num_hidden_layers} layers of width {text.hidden_size}, {heads}, "
             f"vocabulary {text.vocab_size}, {kind}",
-            *(f"{name:<12} {count / 1e6:.1f}M parameters" for name, count in self.parameters.items()),
+            *(f"{name.capitalize():<12} {count / 1e6:.1f}M parameters" for name, count in self.parameters.items()),
             *(f"Note         {note}" for note in self.notes),
         ]
         return "\n".join(lines)
@@ -110,7 +108,7 @@ def convert_checkpoint(
     for source in (checkpoint, vision_encoder, tokenizer, original_config):
         if isinstance(source, Path) and source.resolve().is_relative_to(output.resolve()):
             raise ValueError(f"The output {output} holds {source}, which is read. Choose another output folder.")
-    with write_beside(output, overwrite) as folder, tqdm(total=4, desc="reading", unit="step") as progress:
+    with atomic_output(output, overwrite) as folder, tqdm(total=4, desc="reading", unit="step") as progress:
         state, arguments, files = read_checkpoint(checkpoint)
         if original_config is not None:
             arguments |= original_config if isinstance(original_config, dict) else read_json(original_config)
@@ -179,42 +177,12 @@ def convert_checkpoint(
     return output
 
 
-@contextlib.contextmanager
-def write_beside(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A path next to `output`; what the block writes there takes its place in the end, or vanishes if the block fails.
-
-    Raises:
-        FileExistsError: `output` is a file or a folder that is not empty, and `overwrite` is false.
-    """
-    if not overwrite and output.exists() and (output.is_file() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists already. Choose another name, or overwrite it with --overwrite.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as beside:
-        old, new = Path(beside, "old"), Path(beside, "new")
-        yield new
-        if output.exists():
-            output.rename(old)
-        try:
-            new.rename(output)
-        except BaseException:
-            if old.exists():
-                old.rename(output)
-            raise
-
-
 def local_path(source: str | Path) -> bool:
     """Whether this names a file or folder here, and not a Hub repository (`user/name`)."""
     is_repository = re.fullmatch(
         r"[\w.-]+/[\w.-]+(?<!\.pth)(?<!\.pt)(?<!\.bin)(?<!\.safetensors)(?<!\.json)", str(source)
     )
     return Path(source).expanduser().exists() or not is_repository
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
 
 
 def read_checkpoint(checkpoint: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path | None]:
@@ -357,20 +325,6 @@ def fill_model(
 
 def shorten(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
-def count_parameters(model: torch.nn.Module) -> dict[str, int]:
-    """Number of parameters of each part; "active" is the decoder without the experts a token skips."""
-    parts: dict[str, int] = {}
-    inactive, text = 0, model.config.get_text_config()
-    for name, parameter in model.named_parameters():
-        part = "Tower" if TOWER in name else "Projector" if PROJECTOR in name else "Decoder"
-        parts[part] = parts.get(part, 0) + parameter.numel()
-        if ".mlp.experts." in name:
-            inactive += parameter.numel() * (text.num_experts - text.num_experts_per_tok) // text.num_experts
-    if inactive:
-        parts["active"] = parts["Decoder"] - inactive
-    return parts
 
 
 def image_processor(config: MiniMindVConfig, vision_encoder: str | Path | None) -> Any:

@@ -5,7 +5,7 @@ import argparse
 from transformers import pipeline
 
 from minimind_v import EMBEDDED_MODEL
-from minimind_v.cli.captioning import find_pictures
+from minimind_v.inference.captioning import find_pictures
 
 
 def main() -> None:

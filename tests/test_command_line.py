@@ -22,9 +22,9 @@ from conftest import CHECKPOINT, REPOSITORY, caption_row, write_jsonl
 from test_readme import CAPTIONS, README
 
 from minimind_v import MiniMindVForConditionalGeneration
-from minimind_v.cli.__main__ import main
-from minimind_v.cli.captioning import caption_pictures, find_pictures, read_records
-from minimind_v.cli.engine import Engine, encode, question, store_by_column
+from minimind_v.inference.captioning import caption_pictures, find_pictures, read_records
+from minimind_v.inference.engine import Engine, encode, question, store_by_column
+from minimind_v_cli.__main__ import main
 
 IMAGES = REPOSITORY / "examples" / "images"
 # Where this tree is not installed but only on the path, there is no script; then what the script would run.
@@ -223,7 +223,7 @@ def test_two_processes_give_the_captions_of_one(tmp_path):
 
     config = REPOSITORY / "examples" / "accelerate" / "ddp.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
-    command += ["--mixed_precision", "no", "--main_process_port", "0", "-m", "minimind_v.cli", "caption", IMAGES]
+    command += ["--mixed_precision", "no", "--main_process_port", "0", "-m", "minimind_v_cli", "caption", IMAGES]
     options = ["--output", tmp_path / "two.jsonl", "--prompt", "这是什么？", "--batch-size", "2", "--device", "cpu"]
     result = run(*options, command=command)
     assert result.returncode == 0, result.stderr[-2000:]

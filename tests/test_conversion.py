@@ -17,11 +17,12 @@ from test_travel import run_elsewhere
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 
 from minimind_v import MiniMindForCausalLM, MiniMindVConfig, MiniMindVForConditionalGeneration
-from minimind_v.conversion import convert_checkpoint, export_text_backbone, export_to_original
+from minimind_v.conversion import convert_checkpoint
 from minimind_v.conversion.configurations import text_config
 from minimind_v.conversion.convert import fill_model, vision_language_config
 from minimind_v.conversion.key_maps import detect_generation, from_original, ignored_reason, rename
 from minimind_v.conversion.tokenizers import wrap_tokenizer
+from minimind_v.export import export_text_backbone, export_to_original
 
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no ../shared/golden beside the repository")
 PARITY = [("minimind2", "minimind2-early"), ("minimind2_im", "minimind2"), ("minimind3", "minimind3")]
@@ -219,7 +220,8 @@ def test_conversion_of_a_real_size_is_fast_and_small(tmp_path):
 import resource, sys, time, torch
 from transformers import CLIPVisionConfig
 from minimind_v import MiniMindVConfig, MiniMindVForConditionalGeneration
-from minimind_v.conversion import convert_checkpoint, export_to_original
+from minimind_v.conversion import convert_checkpoint
+from minimind_v.export import export_to_original
 folder = sys.argv[1]
 text = {"hidden_size": 512, "num_hidden_layers": 8, "num_key_value_heads": 2, "intermediate_size": 1408,
         "use_qk_norm": False, "rms_norm_eps": 1e-5}

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from transformers import AutoProcessor
 
 from minimind_v import MiniMindVProcessor
-from minimind_v.image_loading_minimind_v import load_picture
+from minimind_v.image_loading_minimind_v import load_image
 
 
 def png(image, **options):
@@ -83,7 +83,7 @@ def test_exif_orientation_is_applied_to_files_and_objects(as_file):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by 90 degrees
     content = png(image, exif=exif)
-    loaded = load_picture(content if as_file else Image.open(io.BytesIO(content)))
+    loaded = load_image(content if as_file else Image.open(io.BytesIO(content)))
     assert loaded.size == (20, 40)
     assert np.array_equal(np.asarray(loaded), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content)))))
 
@@ -96,23 +96,23 @@ def test_unusual_modes_are_shown_right(tmp_path):
         png(Image.fromarray(deep)),
         Image.fromarray(deep.astype(np.int32), mode="I"),
     ):
-        assert np.array_equal(np.asarray(load_picture(source)), np.asarray(grey.convert("RGB")))
+        assert np.array_equal(np.asarray(load_image(source)), np.asarray(grey.convert("RGB")))
     float_image = Image.fromarray(np.asarray(grey).astype(np.float32) / 255)
     assert float_image.mode == "F"
-    assert np.array_equal(np.asarray(load_picture(float_image)), np.asarray(grey.convert("RGB")))
+    assert np.array_equal(np.asarray(load_image(float_image)), np.asarray(grey.convert("RGB")))
     almost_black = np.ones((3, 4, 6), np.uint8)  # 1 of 255, not 100 %
     for source in (almost_black, torch.tensor(almost_black)):
-        assert np.asarray(load_picture(source)).max() == 1
+        assert np.asarray(load_image(source)).max() == 1
     floats = np.asarray(grey) / 255
     for rounded in (floats * 1.000001, floats - 1e-7):
-        assert np.array_equal(np.asarray(load_picture(rounded)), np.asarray(load_picture(floats)))
+        assert np.array_equal(np.asarray(load_image(rounded)), np.asarray(load_image(floats)))
     for mode in ("P", "CMYK", "YCbCr", "L", "1", "HSV"):
         converted = picture(1).convert(mode)
-        assert np.array_equal(np.asarray(load_picture(converted)), np.asarray(converted.convert("RGB"))), mode
+        assert np.array_equal(np.asarray(load_image(converted)), np.asarray(converted.convert("RGB"))), mode
     frames = [picture(seed) for seed in (3, 4)]
     path = tmp_path / "animated.gif"
     frames[0].save(path, save_all=True, append_images=frames[1:])
-    assert np.array_equal(np.asarray(load_picture(path)), np.asarray(Image.open(path).convert("RGB")))
+    assert np.array_equal(np.asarray(load_image(path)), np.asarray(Image.open(path).convert("RGB")))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -122,7 +122,7 @@ def test_alpha_is_composited_on_white(mode):
     image.putpixel((1, 0), (0, 0, 0, 128))
     if mode == "P":
         image = Image.open(io.BytesIO(png(image.quantize(8))))
-    loaded = np.asarray(load_picture(image.convert(mode)))
+    loaded = np.asarray(load_image(image.convert(mode)))
     assert loaded[0, 0].tolist() == [10] * 3 and loaded[3, 3].tolist() == [255] * 3
     assert 126 <= loaded[0, 1, 0] <= 128
 

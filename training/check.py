@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor
 
 from .. import EMBEDDED_MODEL
-from ..image_loading_minimind_v import load_picture
+from ..image_loading_minimind_v import load_image
 from .collator import MiniMindVDataCollator
 from .data import MiniMindVDataset, pictures_of
 
@@ -119,7 +119,7 @@ def render_page(report: dict[str, Any], dataset: Dataset, numbers: list[int], co
     for number in numbers:
         lines.append(f"<hr><h3>row {number}</h3>")
         for picture in pictures_of(dataset[number]["messages"]):
-            thumbnail, buffer = load_picture(picture, f"an image of row {number}"), io.BytesIO()
+            thumbnail, buffer = load_image(picture, f"an image of row {number}"), io.BytesIO()
             thumbnail.thumbnail((320, 320))
             thumbnail.save(buffer, "PNG")
             lines.append(f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..image_loading_minimind_v import load_picture
+from ..image_loading_minimind_v import load_image
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from ..processing_minimind_v import MiniMindVProcessor
 from .data import pictures_of
@@ -33,7 +33,7 @@ def content_key(picture: Any) -> str:
     if isinstance(picture, (str, os.PathLike)) and os.path.isfile(picture):
         picture = Path(picture).read_bytes()
     if not isinstance(picture, bytes):
-        picture = load_picture(picture, "the picture")
+        picture = load_image(picture, "the picture")
         picture = f"{picture.size}".encode() + picture.tobytes()
     return hashlib.sha256(picture).hexdigest()
 

@@ -23,7 +23,7 @@ MAX_DOWNLOAD_BYTES = 64 * 2**20
 SMALLEST_PICTURE = 26  # bytes: a GIF of one pixel. Shorter base64 is a mistyped path.
 
 
-def load_picture(source: Any, name: str = "image") -> Image.Image:
+def load_image(source: Any, name: str = "image") -> Image.Image:
     """Anything that shows a picture, as upright 8-bit RGB on white.
 
     Args:
@@ -126,4 +126,4 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     return np.rint(array.astype(np.float64) * (255 / max(white, peak))).astype(np.uint8)
 
 
-__all__ = ["load_picture"]
+__all__ = ["load_image"]

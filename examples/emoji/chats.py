@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from prompts import QUESTIONS, vary
 from tqdm import tqdm
-from views import augment, load_pictures, read_rows
+from views import augment, load_images, read_rows
 
 
 def chat(file: str, question: str, answer: str) -> dict:
@@ -39,7 +39,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     lot = random.Random(options.seed)
     rows = [row for row in read_rows(options.data / "pictures.jsonl") if row["split"] == "train"]
-    pictures = load_pictures([options.data / row["file"] for row in rows])
+    pictures = load_images([options.data / row["file"] for row in rows])
     chats = []
     for number in tqdm(range(options.views), desc="views"):
         folder = options.output / str(number)

@@ -32,7 +32,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from views import IMAGE_SIZE, augment, load_pictures, read_rows
+from views import IMAGE_SIZE, augment, load_images, read_rows
 
 from minimind_v import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
 from minimind_v.training.train import last_checkpoint
@@ -197,7 +197,7 @@ def main() -> None:
     numbers = {kind: number for number, kind in enumerate(sorted({row["kind"] for row in rows}))}
     rows = [row | {"picture": i, "label": numbers[row["kind"]]} for i, row in enumerate(rows)]
     others = [row | {"picture": i} for i, row in enumerate(others, len(rows))]
-    pictures = load_pictures([options.data / row["file"] for row in rows + others])
+    pictures = load_images([options.data / row["file"] for row in rows + others])
     train = [row for row in rows if row["split"] == "train"]
     results = {}
 

@@ -18,7 +18,7 @@ def read_rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def load_pictures(files: list[Path]) -> torch.Tensor:
+def load_images(files: list[Path]) -> torch.Tensor:
     """`[N, 4, 72, 72]` uint8: red, green, blue, alpha."""
     pictures = np.stack([np.asarray(Image.open(file).convert("RGBA")) for file in tqdm(files, desc="pictures")])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
@@ -31,7 +31,7 @@ def augment(pictures: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
     an outline only; blurred, and with a patch missing.
 
     Args:
-        pictures: From [`load_pictures`].
+        pictures: From [`load_images`].
         strength: 0 puts the drawings on white as they are; 1 is the strongest.
     """
     count = len(pictures)

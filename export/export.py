@@ -14,9 +14,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from ..common import atomic_output
 from ..configuration_minimind_v import MiniMindConfig
-from .convert import LANGUAGE_MODEL, TOWER, read_checkpoint, write_beside
-from .key_maps import to_original
+from ..conversion.convert import LANGUAGE_MODEL, TOWER, read_checkpoint
+from ..conversion.key_maps import to_original
 
 
 def read_ours(checkpoint: str | Path) -> tuple[dict[str, torch.Tensor], PreTrainedConfig]:
@@ -56,7 +57,7 @@ def export_to_original(
     if not include_tower:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(TOWER)}
     state = to_original(state, generation, text.head_dim, text.num_shared_experts)
-    with write_beside(output, overwrite) as file:
+    with atomic_output(output, overwrite) as file:
         torch.save(state, file)
     return output
 
@@ -103,7 +104,7 @@ def export_text_backbone(checkpoint: str | Path, output: str | Path, *, overwrit
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    with write_beside(output, overwrite) as folder:
+    with atomic_output(output, overwrite) as folder:
         model.save_pretrained(folder)
         if Path(checkpoint, "tokenizer.json").exists():
             AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)

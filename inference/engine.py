@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .. import EMBEDDED_MODEL
-from ..conversion.convert import count_parameters
+from ..common import count_parameters
 
 DEFAULT_MAX_NEW_TOKENS = 512  # the original's
 
@@ -132,7 +132,7 @@ class Engine:
         self.tokens, self.seconds = 0, 0.0  # of all answers
         parts = count_parameters(self.model)
         total = sum(count for part, count in parts.items() if part != "active")
-        details = ", ".join(f"{part.lower()} {count / 1e6:.2f}M" for part, count in parts.items())
+        details = ", ".join(f"{part} {count / 1e6:.2f}M" for part, count in parts.items())
         name, computes = Path(source).resolve().name, str(self.model.dtype).removeprefix("torch.")
         if state.is_main_process:
             note(f"{name}: {total / 1e6:.2f}M parameters ({details}), {self.device}, {computes}")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import BatchFeature
 
 from .. import EMBEDDED_MODEL
-from ..image_loading_minimind_v import load_picture
+from ..image_loading_minimind_v import load_image
 from .engine import Engine, encode, note, question, report_speed, start_process
 
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
@@ -57,7 +57,7 @@ def read_batch(
     good, chats, errors = [], [], []
     for name in names:
         try:
-            chats.append([question([load_picture(name)], prompt)])
+            chats.append([question([load_image(name)], prompt)])
             good.append(name)
         except (OSError, ValueError) as error:
             errors.append(" ".join(str(error).split()))

@@ -5,7 +5,7 @@ import os
 import sys
 from typing import Any
 
-from ..image_loading_minimind_v import load_picture
+from ..image_loading_minimind_v import load_image
 from .engine import Engine, encode, note, question, report_speed
 
 HELP = """\
@@ -17,7 +17,7 @@ HELP = """\
 
 def ask_once(pictures: list[str], text: str, options: dict[str, Any]) -> None:
     """Prints the answer to one question about some pictures."""
-    chat = [question([load_picture(picture) for picture in pictures], text)]
+    chat = [question([load_image(picture) for picture in pictures], text)]
     engine = Engine(**options)
     engine.answer(encode(engine.processor, [chat], engine.template_options), stream=True)
     report_speed(engine.tokens, engine.seconds)
@@ -32,7 +32,7 @@ def talk(images: list[str], options: dict[str, Any]) -> None:
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() then has a line editor and a history
-    pending, chat = [load_picture(image) for image in images], []
+    pending, chat = [load_image(image) for image in images], []
     engine = Engine(**options)
     note("Ask a question; /image PATH adds a picture to it, /help shows more.")
     while True:
@@ -54,7 +54,7 @@ def talk(images: list[str], options: dict[str, Any]) -> None:
             note("A new conversation.")
         elif name == "/image":
             try:
-                pending.append(load_picture(os.path.expanduser(argument.strip(" '\""))))
+                pending.append(load_image(os.path.expanduser(argument.strip(" '\""))))
                 note(f"Images for the next question: {len(pending)}.")
             except (OSError, ValueError) as error:
                 print(f"error: {error}", file=sys.stderr)
