@@ -23,7 +23,7 @@ from .modeling_minimind_v import (
     MiniMindVForConditionalGeneration,
     MiniMindVModel,
 )
-from .processing_minimind_v import TRANSFORMERS_VERSION, MiniMindVImageToTextPipeline, MiniMindVProcessor
+from .processing_minimind_v import MiniMindVImageToTextPipeline, MiniMindVProcessor
 
 __version__ = "0.1.0"
 EMBEDDED_MODEL = Path(__file__).resolve().parent / "checkpoints" / "minimind-v-emoji"
@@ -45,12 +45,9 @@ pipelines.PIPELINE_REGISTRY.register_pipeline(
     type="multimodal",
 )
 
-# Since 5.19 the library sends the name "image-to-text" to another pipeline before it looks into its registry.
-if TRANSFORMERS_VERSION >= (5, 19):
-    _resolve_deprecated_task = pipelines._resolve_deprecated_task
-    pipelines._resolve_deprecated_task = lambda task: (
-        task if task == "image-to-text" else _resolve_deprecated_task(task)
-    )
+# The library sends the name "image-to-text" to another pipeline before it looks into its registry.
+_resolve_deprecated_task = pipelines._resolve_deprecated_task
+pipelines._resolve_deprecated_task = lambda task: task if task == "image-to-text" else _resolve_deprecated_task(task)
 
 __all__ = [
     "EMBEDDED_MODEL",
