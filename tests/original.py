@@ -18,7 +18,7 @@ from minimind_v.conversion.tokenizers import IMAGE_TOKEN_IDS
 # All that was recorded stands beside the repository; a part of it, one case of each kind, is in the repository.
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "golden"
 GOLDEN = SHARED if SHARED.is_dir() else Path(__file__).parent / "golden"
-RELEASES = {"G1": "minimind2-early", "G2": "minimind2", "G4": "minimind3"}  # by the recorded `generation_id`
+GOLDEN_IDS = {"G1": "minimind2-early", "G2": "minimind2", "G4": "minimind3"}  # recorded id -> release
 TOKENIZERS = {"minimind2-early": "minimind2", "minimind2": "minimind2_im", "minimind3": "minimind3"}
 CONVERTED = tempfile.TemporaryDirectory(prefix="minimind-v-converted-")  # removed with the process
 
@@ -37,7 +37,7 @@ def read_json(path: str) -> dict:
 
 
 def release_of(hparams: dict) -> str:
-    return RELEASES[hparams["generation_id"]]
+    return GOLDEN_IDS[hparams["generation_id"]]
 
 
 @functools.cache
