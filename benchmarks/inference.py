@@ -40,7 +40,7 @@ from transformers import (
 
 from minimind_v import MiniMindVConfig, MiniMindVForConditionalGeneration
 from minimind_v.conversion.key_maps import to_original
-from minimind_v.export.export import library_config
+from minimind_v.export import library_config
 from minimind_v.inference.engine import store_by_column
 
 Timings = dict[str, list[float]]
@@ -108,11 +108,11 @@ def make_original(checkout: str, model: PreTrainedModel) -> torch.nn.Module:
     sizes = {name: getattr(text, name) for name in (*names, "vocab_size", "rms_norm_eps", "use_moe")}
     original = MiniMindVLM(VLMConfig(**sizes), "no tower")
     state = {name: value for name, value in model.state_dict().items() if "vision_tower" not in name}
-    generation = "minimind3" if text.use_qk_norm else "minimind2"
-    state = to_original(state, generation, text.head_dim, text.num_shared_experts)
+    release = "minimind3" if text.use_qk_norm else "minimind2"
+    state = to_original(state, release, text.head_dim, text.num_shared_experts)
     missing = original.load_state_dict(state, strict=False).missing_keys
     if any(not name.startswith("vision") for name in missing):
-        raise ValueError(f"{checkout} is of another generation than {generation}: it has no {missing[:3]}")
+        raise ValueError(f"{checkout} is of another release than {release}: it has no {missing[:3]}")
     return original.to(model.device, model.dtype).eval()
 
 

@@ -1,5 +1,6 @@
 """Checkpoints of the original MiniMind-V project -> this package."""
 
-from .convert import convert_checkpoint
+from .convert import Summary, convert_checkpoint
+from .key_maps import RELEASES
 
-__all__ = ["convert_checkpoint"]
+__all__ = ["RELEASES", "Summary", "convert_checkpoint"]

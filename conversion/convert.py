@@ -1,66 +1,53 @@
 """Checkpoints of the original project -> checkpoints of this package."""
 
-import contextlib
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    CLIPImageProcessorPil,
-    CLIPVisionModel,
-    GenerationConfig,
-    PreTrainedConfig,
-    SiglipImageProcessorPil,
-    SiglipVisionModel,
-)
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers import GenerationConfig, PreTrainedConfig
 
 from ..common import atomic_output, count_parameters, read_json
-from ..configuration_minimind_v import MiniMindVConfig
-from ..modeling_minimind_v import (
-    MiniMindForCausalLM,
-    MiniMindVForConditionalGeneration,
-    MiniMindVMultiModalProjector,
-)
+from ..configuration_minimind_v import MiniMindConfig, MiniMindVConfig
+from ..modeling_minimind_v import MiniMindForCausalLM, MiniMindVForConditionalGeneration, MiniMindVMultiModalProjector
 from ..processing_minimind_v import MiniMindVProcessor
-from .configurations import text_config, vision_config
-from .key_maps import GENERATIONS, detect_generation, from_original, ignored_reason, rename
-from .tokenizers import IMAGE_TOKEN_IDS, IMAGE_TOKENS, wrap_tokenizer
-
-TOWERS = {
-    "clip": CLIPVisionModel,
-    "clip_vision_model": CLIPVisionModel,
-    "siglip": SiglipVisionModel,
-    "siglip_vision_model": SiglipVisionModel,
-}
-LANGUAGE_MODEL, TOWER, PROJECTOR = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector."
+from .configurations import text_config
+from .key_maps import LANGUAGE_MODEL, PROJECTOR, RELEASES, TOWER, detect_release, from_original, ignored_reason, rename
+from .reading import is_local, read_checkpoint
+from .tokenizers import IMAGE_TOKEN, IMAGE_TOKEN_IDS, wrap_tokenizer
+from .towers import make_image_processor, read_tower
 
 
-@dataclass
+@dataclass(frozen=True)
 class Summary:
-    """What a conversion found and did; `str()` of it is the text that the command prints."""
+    """What a conversion found and did; `str()` of it is the text that the command prints.
 
-    generation: str = ""
-    config: PreTrainedConfig | None = None
-    parameters: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    Args:
+        output: The folder that was written.
+        release: The release of the original, one of [`RELEASES`].
+        config: Configuration of the model.
+        parameters: Number of parameters of each part, see [`count_parameters`].
+        notes: What was ignored, assumed or left out, a sentence each.
+    """
+
+    output: Path
+    release: str
+    config: MiniMindConfig | MiniMindVConfig
+    parameters: dict[str, int]
+    notes: list[str]
 
     def __str__(self) -> str:
         text = self.config.get_text_config()
         kind = f"{text.num_experts} experts, {text.num_experts_per_tok} active" if text.use_moe else "dense"
         heads = f"{text.num_attention_heads} heads ({text.num_key_value_heads} key/value)"
         lines = [
-            f"Generation   {self.generation}: {GENERATIONS[self.generation]}",
+            f"Release      {self.release}: {RELEASES[self.release]}",
             f"Sizes        {text.num_hidden_layers} layers of width {text.hidden_size}, {heads}, "
             f"vocabulary {text.vocab_size}, {kind}",
             *(f"{name.capitalize():<12} {count / 1e6:.1f}M parameters" for name, count in self.parameters.items()),
             *(f"Note         {note}" for note in self.notes),
+            f"Written to   {self.output}",
         ]
         return "\n".join(lines)
 
@@ -72,237 +59,180 @@ def convert_checkpoint(
     vision_encoder: str | Path | None = None,
     tokenizer: str | Path | None = None,
     original_config: dict[str, Any] | str | Path | None = None,
-    generation: str | None = None,
+    release: str | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
-    summary: Summary | None = None,
-) -> Path:
+) -> Summary:
     """Turns a checkpoint of the original project into one of this package that computes the same numbers.
 
     Args:
-        checkpoint: A `.pth` file of any generation, or a folder or Hub repository in the original's transformers form.
+        checkpoint: A `.pth` file of any release, or a folder or Hub repository in the original's transformers form.
         output: Folder to write. It appears only when it is complete.
         vision_encoder: Folder or Hub repository of the CLIP or SigLIP tower. Needed when the checkpoint has none; with
             a text-only checkpoint it makes a vision-language model with a fresh projector.
         tokenizer: Folder or Hub repository of the original's tokenizer; left out, that of a checkpoint folder.
         original_config: The original constructor's arguments under its own names, as a dict or JSON file; left out,
             the released ones are assumed.
-        generation: One of [`GENERATIONS`]; left out, recognised from the names of the tensors.
+        release: One of [`RELEASES`]; left out, recognised from the names of the tensors.
         dtype: Of all weights; left out, every tensor keeps its own.
         overwrite: Replace an `output` that is not empty.
-        summary: Filled with what was found, for example to print it.
 
     Returns:
-        The output folder.
+        What was found and done; `summary.output` is the folder, `print(summary)` shows it all.
 
     Raises:
         FileExistsError: The output exists and is not empty.
         FileNotFoundError: The checkpoint does not exist.
         ValueError: Not a checkpoint, or tensors are unknown, missing or of the wrong shape; the message lists them.
+
+    Example:
+        >>> print(convert_checkpoint("sft_vlm_768.pth", "minimind-3v", vision_encoder="siglip2-base-p32-256-ve",
+        ...                          tokenizer="minimind-v/model"))
     """
-    summary, output = summary or Summary(), Path(output).expanduser()
+    output = Path(output).expanduser()
     checkpoint, vision_encoder, tokenizer, original_config = (
-        Path(source).expanduser() if isinstance(source, (str, Path)) and local_path(source) else source
-        for source in (checkpoint, vision_encoder, tokenizer, original_config)
+        find_source(source, output) for source in (checkpoint, vision_encoder, tokenizer, original_config)
     )
-    for source in (checkpoint, vision_encoder, tokenizer, original_config):
-        if isinstance(source, Path) and source.resolve().is_relative_to(output.resolve()):
-            raise ValueError(f"The output {output} holds {source}, which is read. Choose another output folder.")
     with atomic_output(output, overwrite) as folder, tqdm(total=4, desc="reading", unit="step") as progress:
         state, arguments, files = read_checkpoint(checkpoint)
         if original_config is not None:
             arguments |= original_config if isinstance(original_config, dict) else read_json(original_config)
-        summary.generation = generation or detect_generation(list(state)) or ""
-        if summary.generation not in GENERATIONS:
-            raise ValueError(
-                f"{checkpoint} is not a checkpoint of MiniMind: its tensors are called {sorted(state)[:4]} ... The "
-                f"generation must be one of {tuple(GENERATIONS)}; it was {generation!r}."
-            )
-        progress.update()
-        progress.set_description("mapping")
-        state = drop_ignored(state, summary)
-        names = {name: rename(name, summary.generation) for name in state}
-        if unknown := sorted(name for name, ours in names.items() if ours is None):
-            raise ValueError(f"Unknown tensors for {summary.generation}: {shorten(unknown)}")
-        shapes = {names[name]: tensor.shape for name, tensor in state.items()}
-        try:
-            decoder, assumed = text_config(shapes, summary.generation, arguments)
-        except KeyError as error:
-            raise ValueError(f"Missing tensor for {summary.generation}: {error.args[0]}") from None
-        state = from_original(state, summary.generation, decoder.head_dim)
-        state = untie(state, decoder)
-
-        has_tower, has_projector = any(TOWER in name for name in state), any(PROJECTOR in name for name in state)
-        if not (has_tower or has_projector or vision_encoder):
-            summary.config, model_class = decoder, MiniMindForCausalLM
-            state = {name.replace(LANGUAGE_MODEL, "model."): tensor for name, tensor in state.items()}
-        else:
-            tower, tower_state, tower_note = read_tower(shapes if has_tower else None, vision_encoder)
-            assumed += tower_note
-            if not has_tower:
-                state |= tower_state
-            summary.config, model_class = vision_language_config(decoder, tower), MiniMindVForConditionalGeneration
-            if not has_projector:
-                summary.notes.append("text-only checkpoint: the projector is new, with random weights")
-        if assumed:
-            summary.notes.append("assumed, as released: " + ", ".join(assumed))
-        progress.update()
-        progress.set_description("checking")
+        release = find_release(release, state, checkpoint)
+        advance(progress, "mapping")
+        state, decoder, notes = map_tensors(state, release, arguments)
+        state, config, vision_notes = add_vision(state, decoder, vision_encoder)
+        notes += vision_notes
+        advance(progress, "checking")
+        model = fill_model(config, state)
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
-        if dtype is None and len(dtypes) > 1:
-            summary.notes.append(f"tensors of {' and '.join(dtypes)}, kept as they are; make them one with --dtype")
-        model = fill_model(model_class, summary.config, state, fresh_projector=not has_projector)
-        summary.parameters = count_parameters(model)
         if dtype is not None:
             model.to(dtype)
-        progress.update()
-        progress.set_description("writing")
-        model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-        if model_class is MiniMindVForConditionalGeneration:
-            model.generation_config.suppress_tokens = (
-                [summary.config.image_token_id] if summary.generation == "minimind3" else None
-            )
+        elif len(dtypes) > 1:
+            notes.append(f"tensors of {' and '.join(dtypes)}, kept as they are; make them one with --dtype")
+        advance(progress, "writing")
         folder.mkdir()
-        model.save_pretrained(folder)
-        source = tokenizer or (files if files and (files / "tokenizer.json").exists() else None)
-        if source is None:
-            summary.notes.append("no tokenizer was given: the output has no processor; name one with --tokenizer")
+        save_model(model, folder)
+        if tokenizer is None and files is not None and (files / "tokenizer.json").exists():
+            tokenizer = files
+        if tokenizer is None:
+            notes.append("no tokenizer was given: the output has no processor; name one with --tokenizer")
         else:
-            wrapped = wrap_tokenizer(source, summary.generation, decoder.max_position_embeddings)
-            if model_class is MiniMindVForConditionalGeneration:
-                length, token = summary.config.image_seq_length, IMAGE_TOKENS[summary.generation]
-                wrapped = MiniMindVProcessor(image_processor(summary.config, vision_encoder), wrapped, length, token)
-            wrapped.save_pretrained(folder)
+            save_processor(config, folder, release, tokenizer, vision_encoder)
         progress.update()
-    return output
+    return Summary(output, release, config, count_parameters(model), notes)
 
 
-def local_path(source: str | Path) -> bool:
-    """Whether this names a file or folder here, and not a Hub repository (`user/name`)."""
-    is_repository = re.fullmatch(
-        r"[\w.-]+/[\w.-]+(?<!\.pth)(?<!\.pt)(?<!\.bin)(?<!\.safetensors)(?<!\.json)", str(source)
-    )
-    return Path(source).expanduser().exists() or not is_repository
+def find_source(source: dict[str, Any] | str | Path | None, output: Path) -> dict[str, Any] | str | Path | None:
+    """The path of a local source, which must not lie in the output; anything else as it is."""
+    if source is None or isinstance(source, dict) or not is_local(source):
+        return source
+    path = Path(source).expanduser()
+    if path.resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"The output {output} holds {path}, which is read. Choose another output folder.")
+    return path
 
 
-def read_checkpoint(checkpoint: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path | None]:
-    """Tensors, original arguments if a folder names them, and the folder. Pickles are read with weights_only=True."""
-    path, arguments = Path(checkpoint), {}
-    if path.is_file():
-        return read_tensors(path), arguments, None
-    if not path.is_dir():
-        if local_path(checkpoint):
-            raise FileNotFoundError(f"{checkpoint} is no file, no folder and no Hub repository (user/name).")
-        path = Path(snapshot_download(str(checkpoint), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.txt"]))
-    if (path / "config.json").exists():
-        arguments = read_json(path / "config.json")
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / f"{name}.index.json").exists():
-            shards = sorted(set(read_json(path / f"{name}.index.json")["weight_map"].values()))
-            return {k: v for shard in shards for k, v in read_tensors(path / shard).items()}, arguments, path
-        if (path / name).exists():
-            return read_tensors(path / name), arguments, path
-    raise FileNotFoundError(f"{path} has neither model.safetensors nor pytorch_model.bin.")
+def advance(progress: tqdm, step: str) -> None:
+    """Shows that one step is done and the next begins."""
+    progress.update()
+    progress.set_description(step)
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zip_file(path))
-    except OSError:
-        raise
-    except Exception as error:  # what is no checkpoint makes the readers fail in many ways
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from None
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        content = content["model"]  # the original's files for resuming also hold the optimizer
-    if not isinstance(content, dict) or not content or not all(torch.is_tensor(value) for value in content.values()):
+def find_release(release: str | None, state: dict[str, torch.Tensor], checkpoint: str | Path) -> str:
+    """The release that was given, or the one that the names of the tensors tell."""
+    if release is not None and release not in RELEASES:
+        raise ValueError(f"There is no release {release!r}. Choose one of {', '.join(RELEASES)}, or leave it out.")
+    release = release or detect_release(state)
+    if release is None:
         raise ValueError(
-            f"{path} does not hold a state dict (names and tensors); it holds a {type(content).__name__}."
+            f"{checkpoint} is not a checkpoint of MiniMind: its tensors are called {sorted(state)[:4]} ... Choose a "
+            f"file of one of the releases {', '.join(RELEASES)}."
         )
-    # Prefixes that torch.compile and DistributedDataParallel leave
-    return {re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor.contiguous() for name, tensor in content.items()}
+    return release
 
 
-def zip_file(path: Path) -> bool:
-    """Whether the tensors can stay on disk until they are used (the form that torch writes since 1.6)."""
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
+def map_tensors(
+    state: dict[str, torch.Tensor], release: str, arguments: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], MiniMindConfig, list[str]]:
+    """Tensors under the names of the vision-language model, the decoder's configuration, and notes."""
+    reasons = [reason for name in state if (reason := ignored_reason(name))]
+    notes = [f"ignored {reasons.count(reason)} tensors: {reason}" for reason in sorted(set(reasons))]
+    state = {name: tensor for name, tensor in state.items() if not ignored_reason(name)}
+    names = {name: rename(name, release) for name in state}
+    if unknown := sorted(name for name, ours in names.items() if ours is None):
+        raise ValueError(f"Unknown tensors for {release}: {shorten(unknown)}. Choose another file or release.")
+    shapes = {names[name]: tensor.shape for name, tensor in state.items()}
+    try:
+        config, assumed = text_config(shapes, release, arguments)
+        state = from_original(state, release, config.head_dim)
+    except KeyError as error:
+        raise ValueError(f"Missing tensor for {release}: {error.args[0]}. Choose another file or release.") from None
+    if assumed:
+        notes.append("assumed, as released: " + ", ".join(assumed))
+    if config.tie_word_embeddings:
+        drop_tied_head(state)
+    return state, config, notes
 
 
-def drop_ignored(state: dict[str, torch.Tensor], summary: Summary) -> dict[str, torch.Tensor]:
-    reasons = {name: ignored_reason(name) for name in state}
-    for reason in sorted({reason for reason in reasons.values() if reason}):
-        count = sum(value == reason for value in reasons.values())
-        summary.notes.append(f"ignored {count} tensors: {reason}")
-    return {name: tensor for name, tensor in state.items() if not reasons[name]}
-
-
-def untie(state: dict[str, torch.Tensor], config: PreTrainedConfig) -> dict[str, torch.Tensor]:
-    """Drops the output matrix where it is the embedding; the original saves both."""
-    head, embedding = state.get("lm_head.weight"), state[LANGUAGE_MODEL + "embed_tokens.weight"]
-    if not config.tie_word_embeddings:
-        return state
-    if head is not None and not torch.equal(head, embedding):
+def drop_tied_head(state: dict[str, torch.Tensor]) -> None:
+    """Takes out the output matrix, which is the embedding; the original saves both."""
+    embedding = state[LANGUAGE_MODEL + "embed_tokens.weight"]
+    if not torch.equal(state.pop("lm_head.weight", embedding), embedding):
         raise ValueError(
             "The output matrix differs from the embedding, but the configuration ties them. If they were trained "
             'apart, say so with --config: {"tie_word_embeddings": false}.'
         )
-    return {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
 
 
-def read_tower(
-    shapes: dict[str, torch.Size] | None, vision_encoder: str | Path | None
-) -> tuple[PreTrainedConfig, dict[str, torch.Tensor], list[str]]:
-    """Configuration of the tower, its tensors unless the checkpoint has them (`shapes`), and what was assumed."""
-    if vision_encoder is None:
-        if shapes is None:
-            raise ValueError(
-                "The checkpoint has no vision tower. Name its folder or repository with --vision-encoder."
-            )
-        config, assumed = vision_config(shapes)
-        return config, {}, assumed
-    config = AutoConfig.from_pretrained(vision_encoder)
-    if config.model_type not in TOWERS:
-        raise ValueError(f"{vision_encoder} must be a CLIP or SigLIP model; it is a {config.model_type!r}.")
-    if config.model_type in ("clip", "siglip"):
-        config = config.vision_config
-    if shapes is not None:
-        return without_head(config), {}, []
-    tower = TOWERS[config.model_type].from_pretrained(vision_encoder, config=config).state_dict()
-    tower = {re.sub(r"^vision_model\.", "", name): tensor for name, tensor in tower.items()}
-    tower = {TOWER + name: tensor for name, tensor in tower.items() if not name.startswith("head.")}
-    return without_head(config), tower, []
+def add_vision(
+    state: dict[str, torch.Tensor], decoder: MiniMindConfig, vision_encoder: str | Path | None
+) -> tuple[dict[str, torch.Tensor], MiniMindConfig | MiniMindVConfig, list[str]]:
+    """Adds what the checkpoint lacks of tower and projector; a text-only one without `vision_encoder` stays so.
+
+    Returns the tensors under the final names, the configuration of the model, and notes.
+    """
+    has_projector = any(name.startswith(PROJECTOR) for name in state)
+    if not (has_projector or vision_encoder or any(name.startswith(TOWER) for name in state)):
+        return {name.replace(LANGUAGE_MODEL, "model."): tensor for name, tensor in state.items()}, decoder, []
+    tower, tensors, assumed = read_tower(state, vision_encoder)
+    notes = ["assumed, as released: " + ", ".join(assumed)] if assumed else []
+    config = vision_language_config(decoder, tower)
+    if not has_projector:
+        tensors |= make_projector(config)
+        notes.append("text-only checkpoint: the projector is new, with random weights")
+    return state | tensors, config, notes
 
 
-def without_head(config: PreTrainedConfig) -> PreTrainedConfig:
-    """SigLIP's pooling head is not used: the decoder reads the patches."""
-    if config.model_type == "siglip_vision_model":
-        config.vision_use_head = False
-    return config
-
-
-def vision_language_config(decoder: PreTrainedConfig, tower: PreTrainedConfig) -> MiniMindVConfig:
+def vision_language_config(decoder: MiniMindConfig, tower: PreTrainedConfig) -> MiniMindVConfig:
+    """The whole model's configuration; projector and image token are those of the decoder's release."""
     return MiniMindVConfig(
         text_config=decoder,
         vision_config=tower,
-        image_token_id=IMAGE_TOKEN_IDS[decoder.original_generation],
-        projector_type="mlp" if decoder.original_generation == "minimind3" else "linear",
+        image_token_id=IMAGE_TOKEN_IDS[decoder.original_release],
+        projector_type="mlp" if decoder.original_release == "minimind3" else "linear",
     )
 
 
-def fill_model(
-    model_class: type, config: PreTrainedConfig, state: dict[str, torch.Tensor], fresh_projector: bool
-) -> MiniMindForCausalLM | MiniMindVForConditionalGeneration:
-    """The model with exactly these tensors, or a ValueError that lists what does not fit."""
+def make_projector(config: MiniMindVConfig) -> dict[str, torch.Tensor]:
+    """Tensors of a projector that is still to be trained."""
+    projector = MiniMindVMultiModalProjector(config)
     with torch.device("meta"):
-        model = model_class(config)
-    if fresh_projector and model_class is MiniMindVForConditionalGeneration:
-        projector = MiniMindVMultiModalProjector(config)
-        projector.apply(model._init_weights)
-        state |= {PROJECTOR + name: tensor for name, tensor in projector.state_dict().items()}
+        model = MiniMindVForConditionalGeneration(config)
+    projector.apply(model._init_weights)
+    return {PROJECTOR + name: tensor for name, tensor in projector.state_dict().items()}
+
+
+def fill_model(
+    config: MiniMindConfig | MiniMindVConfig, state: dict[str, torch.Tensor]
+) -> MiniMindForCausalLM | MiniMindVForConditionalGeneration:
+    """The model with exactly these tensors.
+
+    Raises:
+        ValueError: Tensors are missing, unknown or of the wrong shape; the message lists them.
+    """
+    is_vision_language = isinstance(config, MiniMindVConfig)
+    with torch.device("meta"):
+        model = MiniMindVForConditionalGeneration(config) if is_vision_language else MiniMindForCausalLM(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
@@ -327,13 +257,24 @@ def shorten(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def image_processor(config: MiniMindVConfig, vision_encoder: str | Path | None) -> Any:
-    """The tower's own image processor, or the usual one of its family."""
-    if vision_encoder is not None:
-        with contextlib.suppress(OSError):
-            return AutoImageProcessor.from_pretrained(vision_encoder, backend="pil")
-    side = config.vision_config.image_size
-    if config.vision_config.model_type == "clip_vision_model":
-        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    half = [0.5, 0.5, 0.5]
-    return SiglipImageProcessorPil(size={"height": side, "width": side}, resample=2, image_mean=half, image_std=half)
+def save_model(model: MiniMindForCausalLM | MiniMindVForConditionalGeneration, folder: Path) -> None:
+    """Weights, configuration, code and generation settings."""
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    if isinstance(model.config, MiniMindVConfig):
+        model.generation_config.suppress_tokens = [model.config.image_token_id]  # an answer holds no image
+    model.save_pretrained(folder)
+
+
+def save_processor(
+    config: MiniMindConfig | MiniMindVConfig,
+    folder: Path,
+    release: str,
+    tokenizer: str | Path,
+    vision_encoder: str | Path | None,
+) -> None:
+    """The processor, or for a text-only model the tokenizer."""
+    processor = wrap_tokenizer(tokenizer, release, config.get_text_config().max_position_embeddings)
+    if isinstance(config, MiniMindVConfig):
+        image_processor = make_image_processor(config.vision_config, vision_encoder)
+        processor = MiniMindVProcessor(image_processor, processor, config.image_seq_length, IMAGE_TOKEN)
+    processor.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Names of tensors: the three generations of the original project, and this package.
+"""Names of tensors: the three releases of the original project, and this package.
 
 A table has one line per kind of tensor, original name left, our name right; `*` stands for what both have in common.
 Reading and writing use the same table. What a name alone cannot say is written out below it: the row order of q and k
@@ -6,18 +6,20 @@ in the first release, and the experts, which are one tensor here and one file en
 """
 
 import re
+from collections.abc import Iterable
 
 import torch
 
-GENERATIONS = {
+RELEASES = {
     "minimind2-early": "MiniMind2-V of 2025-02 (tok_embeddings, layers.N.attention.wq; CLIP)",
     "minimind2": "MiniMind2-V of 2025-04 to 2025-12 (model.layers.N.self_attn.q_proj; CLIP)",
     "minimind3": "MiniMind-3V of 2026-04 and later (q/k norm; SigLIP, mlp projector)",
 }
-LAYER = "model.language_model.layers.*."
+LANGUAGE_MODEL, TOWER, PROJECTOR = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector."
+LAYER = LANGUAGE_MODEL + "layers.*."
 EARLY = {
-    "tok_embeddings.weight": "model.language_model.embed_tokens.weight",
-    "norm.weight": "model.language_model.norm.weight",
+    "tok_embeddings.weight": LANGUAGE_MODEL + "embed_tokens.weight",
+    "norm.weight": LANGUAGE_MODEL + "norm.weight",
     "output.weight": "lm_head.weight",
     "layers.*.attention_norm.weight": LAYER + "input_layernorm.weight",
     "layers.*.ffn_norm.weight": LAYER + "post_attention_layernorm.weight",
@@ -37,17 +39,17 @@ EARLY = {
     "layers.*.feed_forward.shared_experts.w3.weight": LAYER + "mlp.shared_experts.up_proj.weight",
 }
 LATER = {
-    "model.embed_tokens.weight": "model.language_model.embed_tokens.weight",
-    "model.norm.weight": "model.language_model.norm.weight",
+    "model.embed_tokens.weight": LANGUAGE_MODEL + "embed_tokens.weight",
+    "model.norm.weight": LANGUAGE_MODEL + "norm.weight",
     "lm_head.weight": "lm_head.weight",
-    "model.layers.*.weight": LAYER.removesuffix("*.") + "*.weight",
+    "model.layers.*.weight": LAYER + "weight",
 }
 VISION = {
-    "vision_encoder.vision_model.*": "model.vision_tower.*",
-    "vision_proj.vision_proj.0.*": "model.multi_modal_projector.linear.*",
-    "vision_proj.mlp.0.*": "model.multi_modal_projector.norm.*",
-    "vision_proj.mlp.1.*": "model.multi_modal_projector.linear_1.*",
-    "vision_proj.mlp.3.*": "model.multi_modal_projector.linear_2.*",
+    "vision_encoder.vision_model.*": TOWER + "*",
+    "vision_proj.vision_proj.0.*": PROJECTOR + "linear.*",
+    "vision_proj.mlp.0.*": PROJECTOR + "norm.*",
+    "vision_proj.mlp.1.*": PROJECTOR + "linear_1.*",
+    "vision_proj.mlp.3.*": PROJECTOR + "linear_2.*",
 }
 # Read and dropped, with the reason that the summary gives.
 IGNORED = {
@@ -56,11 +58,15 @@ IGNORED = {
     r"vision_encoder\..*position_ids": "positions that old transformers versions saved",
     r".*mask.*": "masks, which the original drops as well",
 }
+EXPERT = re.compile(r"(.*\.mlp\.)experts\.\d+\.gate_proj\.weight")
+SHARED_EXPERT = re.compile(r"(.*\.mlp\.)shared_experts\.\d+\.gate_proj\.weight")  # the first release has only one
+QUERY_OR_KEY = re.compile(re.escape(LANGUAGE_MODEL) + r".*self_attn\.[qk]_proj\.weight")
 PARTS = ("gate", "up", "down")
 
 
-def detect_generation(names: list[str]) -> str | None:
-    """The generation that uses these tensor names, or None."""
+def detect_release(names: Iterable[str]) -> str | None:
+    """The release that uses these tensor names, or None."""
+    names = set(names)
     if "tok_embeddings.weight" in names:
         return "minimind2-early"
     if "model.embed_tokens.weight" not in names:
@@ -72,12 +78,13 @@ def detect_generation(names: list[str]) -> str | None:
 
 
 def ignored_reason(name: str) -> str | None:
+    """Why an original tensor is not converted; None if it is."""
     return next((reason for pattern, reason in IGNORED.items() if re.fullmatch(pattern, name)), None)
 
 
-def rename(name: str, generation: str, to_original: bool = False) -> str | None:
+def rename(name: str, release: str, to_original: bool = False) -> str | None:
     """Our name of an original tensor (or the other way round); None if there is none."""
-    for original, ours in ((EARLY if generation == "minimind2-early" else LATER) | VISION).items():
+    for original, ours in ((EARLY if release == "minimind2-early" else LATER) | VISION).items():
         source, target = (ours, original) if to_original else (original, ours)
         if match := re.fullmatch(re.escape(source).replace(r"\*", "(.+?)"), name):
             parts = iter(match.groups())
@@ -91,49 +98,61 @@ def rotate_rows(weight: torch.Tensor, head_dim: int, to_original: bool = False) 
     return weight.view(-1, *pairs, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def from_original(state: dict[str, torch.Tensor], generation: str, head_dim: int) -> dict[str, torch.Tensor]:
-    """State dict of this package from an original one whose names are all known."""
-    out = {}
-    for name, tensor in state.items():
-        if re.search(r"attention\.w[qk]\.", name):
-            tensor = rotate_rows(tensor, head_dim)
-        out[rename(name, generation)] = tensor
-    for prefix in sorted({name.partition("experts.")[0] for name in out if ".mlp.experts." in name}):
-        count = sum(name.startswith(prefix + "experts.") for name in out) // 3
-        gate, up, down = (
-            torch.stack([out.pop(f"{prefix}experts.{i}.{part}_proj.weight") for i in range(count)]) for part in PARTS
-        )
-        out[prefix + "experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
-        out[prefix + "experts.down_proj"] = down
-        shared = len([name for name in out if re.fullmatch(re.escape(prefix) + r"shared_experts\.\d+\.up.*", name)])
-        for part in PARTS if shared else ():
-            tensors = [out.pop(f"{prefix}shared_experts.{i}.{part}_proj.weight") for i in range(shared)]
-            out[f"{prefix}shared_experts.{part}_proj.weight"] = torch.cat(tensors, dim=1 if part == "down" else 0)
+def from_original(state: dict[str, torch.Tensor], release: str, head_dim: int) -> dict[str, torch.Tensor]:
+    """State dict of this package's vision-language model.
+
+    Args:
+        state: Original tensors; [`rename`] must know every name.
+        release: One of [`RELEASES`].
+        head_dim: Size of one attention head of the decoder.
+    """
+    out = {rename(name, release): tensor for name, tensor in state.items()}
+    if release == "minimind2-early":
+        out = {n: rotate_rows(t, head_dim) if QUERY_OR_KEY.fullmatch(n) else t for n, t in out.items()}
+    for prefix in sorted({match[1] for match in map(EXPERT.fullmatch, out) if match}):
+        experts = pop_experts(out, prefix + "experts.")
+        gates_and_ups = [torch.cat([expert["gate"], expert["up"]]) for expert in experts]
+        out[prefix + "experts.gate_up_proj"] = torch.stack(gates_and_ups)
+        out[prefix + "experts.down_proj"] = torch.stack([expert["down"] for expert in experts])
+    for prefix in sorted({match[1] for match in map(SHARED_EXPERT.fullmatch, out) if match}):
+        experts = pop_experts(out, prefix + "shared_experts.")
+        for part in PARTS:  # several are one of their joint width, which computes their sum
+            joint = torch.cat([expert[part] for expert in experts], dim=shared_dimension(part))
+            out[f"{prefix}shared_experts.{part}_proj.weight"] = joint
     return out
 
 
+def pop_experts(state: dict[str, torch.Tensor], prefix: str) -> list[dict[str, torch.Tensor]]:
+    """Takes the numbered experts out of the state dict; each as its three matrices under the names of [`PARTS`]."""
+    experts = []
+    while f"{prefix}{len(experts)}.gate_proj.weight" in state:
+        experts.append({part: state.pop(f"{prefix}{len(experts)}.{part}_proj.weight") for part in PARTS})
+    return experts
+
+
+def shared_dimension(part: str) -> int:
+    """Dimension of a matrix along which shared experts are joined."""
+    return 1 if part == "down" else 0
+
+
 def to_original(
-    state: dict[str, torch.Tensor], generation: str, head_dim: int, num_shared_experts: int
+    state: dict[str, torch.Tensor], release: str, head_dim: int, num_shared_experts: int
 ) -> dict[str, torch.Tensor]:
-    """The inverse of [`from_original`]."""
+    """The inverse of [`from_original`]; `num_shared_experts` is the number that one joint matrix holds."""
     split = {}
     for name, tensor in state.items():
-        prefix = name.partition("experts.")[0]
+        prefix, _, matrix = name.rpartition("experts.")
         if name.endswith(".mlp.experts.gate_up_proj"):
             for i, expert in enumerate(tensor):
                 gate, up = expert.chunk(2)
                 split |= {f"{prefix}experts.{i}.gate_proj.weight": gate, f"{prefix}experts.{i}.up_proj.weight": up}
         elif name.endswith(".mlp.experts.down_proj"):
             split |= {f"{prefix}experts.{i}.down_proj.weight": expert for i, expert in enumerate(tensor)}
-        elif ".mlp.shared_experts." in name and generation != "minimind2-early":
-            part = name.rpartition("shared_experts.")[2]
-            chunks = tensor.chunk(num_shared_experts, dim=1 if part.startswith("down") else 0)
-            split |= {f"{name.removesuffix(part)}{i}.{part}": chunk for i, chunk in enumerate(chunks)}
+        elif ".mlp.shared_experts." in name and release != "minimind2-early":
+            chunks = tensor.chunk(num_shared_experts, dim=shared_dimension(matrix.partition("_")[0]))
+            split |= {f"{prefix}experts.{i}.{matrix}": chunk for i, chunk in enumerate(chunks)}
         else:
             split[name] = tensor
-    out = {}
-    for name, tensor in split.items():
-        if generation == "minimind2-early" and re.fullmatch(r".*language_model.*self_attn\.[qk]_proj\.weight", name):
-            tensor = rotate_rows(tensor, head_dim, to_original=True)
-        out[rename(name, generation, to_original=True)] = tensor.contiguous()
-    return out
+    if release == "minimind2-early":
+        split = {n: rotate_rows(t, head_dim, True) if QUERY_OR_KEY.fullmatch(n) else t for n, t in split.items()}
+    return {rename(name, release, to_original=True): tensor.contiguous() for name, tensor in split.items()}

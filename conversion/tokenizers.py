@@ -1,39 +1,61 @@
-"""The original's tokenizers, re-wrapped: the same ids, and chat templates that know pictures."""
+"""The original's tokenizers for this package: the same ids, one image token, chat templates that know images."""
 
+import json
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-IMAGE_TOKENS = {"minimind2-early": "@" * 196, "minimind2": "@" * 196, "minimind3": "<|image_pad|>"}
-IMAGE_TOKEN_IDS = {"minimind2-early": 34, "minimind2": 34, "minimind3": 12}
+IMAGE_TOKEN = "<|image_pad|>"
+IMAGE_TOKEN_IDS = {"minimind2-early": 190, "minimind2": 190, "minimind3": 12}
+# Byte FF in the alphabet of byte-level BPE. It never occurs in UTF-8, so no text has this token and no merge uses it.
+UNUSED_BYTE = "ÿ"
 
 
-def chat_template(generation: str) -> str:
-    """Renders plain strings as the original's template, lists of parts with image placeholders, and marks answers."""
-    return (Path(__file__).parent / "templates" / f"{generation}.jinja").read_text(encoding="utf-8")
-
-
-def wrap_tokenizer(source: str | Path, generation: str, max_length: int) -> PreTrainedTokenizerFast:
+def wrap_tokenizer(source: str | Path, release: str, max_length: int) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or repository of the original, for this package.
 
     Args:
         source: Folder or Hub repository with the original's `tokenizer.json` and `tokenizer_config.json`.
-        generation: Whose chat template it gets. The two forms of MiniMind2's tokenizer (with `<s>` or `<|im_start|>`)
+        release: Whose chat template it gets. The two forms of MiniMind2's tokenizer (with `<s>` or `<|im_start|>`)
             are told apart by their own special tokens.
         max_length: Positions of the model.
 
+    Returns:
+        A tokenizer that pads on the left, with `<|image_pad|>` as a special token.
+
     Raises:
-        ValueError: The image placeholder has another id than in the original's checkpoints.
+        ValueError: Not the tokenizer of that release: the image token has another id.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source, padding_side="left", model_max_length=max_length)
-    if generation != "minimind3":
-        generation = "minimind2-early" if tokenizer.bos_token == "<s>" else "minimind2"
-    tokenizer.chat_template = chat_template(generation)
-    token, expected = IMAGE_TOKENS[generation], IMAGE_TOKEN_IDS[generation]
-    ids = set(tokenizer.encode(token, add_special_tokens=False))
-    if ids != {expected}:
+    if release != "minimind3":
+        tokenizer = with_image_token(tokenizer)
+        release = "minimind2-early" if tokenizer.bos_token == "<s>" else "minimind2"
+    token_id, expected = tokenizer.get_vocab().get(IMAGE_TOKEN), IMAGE_TOKEN_IDS[release]
+    if token_id != expected:
         raise ValueError(
-            f"The tokenizer in {source} is not that of {generation}: its image placeholder {token[:13]!r} has the ids "
-            f"{sorted(ids)[:5]} instead of {expected}."
+            f"The tokenizer in {source} is not that of {release}: the id of {IMAGE_TOKEN} is {token_id} instead of "
+            f"{expected}. Name the original's tokenizer folder of that release."
         )
+    tokenizer.chat_template = chat_template(release)
     return tokenizer
+
+
+def with_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """MiniMind2's tokenizer with `<|image_pad|>` in the place of the byte that no text contains.
+
+    The original writes an image as 196 times `@`, which is also a character of texts.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    if UNUSED_BYTE not in vocabulary or IMAGE_TOKEN in vocabulary:
+        return tokenizer
+    vocabulary[IMAGE_TOKEN] = vocabulary.pop(UNUSED_BYTE)
+    renamed = Tokenizer.from_str(json.dumps(content))
+    # Named image_token, it is a special token like MiniMind-3's, with the id that it has in the vocabulary.
+    return PreTrainedTokenizerFast(tokenizer_object=renamed, **tokenizer.init_kwargs | {"image_token": IMAGE_TOKEN})
+
+
+def chat_template(release: str) -> str:
+    """Renders plain strings as the original's template, image parts as `<|image_pad|>`, and marks the answers."""
+    return (Path(__file__).parent / "templates" / f"{release}.jinja").read_text(encoding="utf-8")

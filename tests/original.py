@@ -1,8 +1,11 @@
 """The recorded checkpoints of the original project, converted and loaded as a user would."""
 
+import functools
 import json
 import re
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -10,38 +13,79 @@ from transformers import AutoModelForCausalLM
 from minimind_v import MiniMindVForConditionalGeneration
 from minimind_v.conversion import convert_checkpoint
 from minimind_v.conversion.key_maps import rename
+from minimind_v.conversion.tokenizers import IMAGE_TOKEN_IDS
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
-CASES = ["g1_dense", "g1_moe", "g2_dense", "g2_moe", "g3v_dense", "g3v_moe"]
-GENERATIONS = {"G1": "minimind2-early", "G2": "minimind2", "G4": "minimind3"}
-TOKENIZERS = {"G1": "minimind2", "G2": "minimind2_im", "G4": "minimind3"}
+# All that was recorded stands beside the repository; a part of it, one case of each kind, is in the repository.
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "golden"
+GOLDEN = SHARED if SHARED.is_dir() else Path(__file__).parent / "golden"
+GOLDEN_IDS = {"G1": "minimind2-early", "G2": "minimind2", "G4": "minimind3"}  # recorded id -> release
+TOKENIZERS = {"minimind2-early": "minimind2", "minimind2": "minimind2_im", "minimind3": "minimind3"}
+CONVERTED = tempfile.TemporaryDirectory(prefix="minimind-v-converted-")  # removed with the process
+
+
+def recorded(*names: str) -> list[str]:
+    """Those of these cases that are here."""
+    return [name for name in names if (GOLDEN / name).is_dir()]
+
+
+CASES = recorded("g1_dense", "g1_moe", "g2_dense", "g2_moe", "g3v_dense", "g3v_moe")
+assert {"g1_dense", "g2_moe", "g3v_dense", "g3v_moe"} <= set(CASES), f"{GOLDEN} is not complete"
 
 
 def read_json(path: str) -> dict:
     return json.loads((GOLDEN / path).read_text(encoding="utf-8"))
 
 
-def load_case(case: str, folder: Path, **changes) -> tuple[MiniMindVForConditionalGeneration, dict]:
-    """Model of a recorded case in eval mode, converted into `folder`. `changes` are original constructor arguments."""
+def release_of(hparams: dict) -> str:
+    return GOLDEN_IDS[hparams["generation_id"]]
+
+
+@functools.cache
+def convert_case(case: str, **changes: Any) -> Path:
+    """Folder of a recorded case, converted once per process. `changes` are original constructor arguments."""
     hparams = read_json(f"{case}/hparams.json")
     weights = GOLDEN / hparams.get("weights_from", f"{case}/upstream.pth")
-    output = convert_checkpoint(
+    summary = convert_checkpoint(
         weights,
-        folder / case,
+        Path(CONVERTED.name, "-".join([case, *(f"{name}-{value}" for name, value in changes.items())])),
         vision_encoder=weights.parent / "vision_encoder",
-        tokenizer=GOLDEN / "tokenizers" / TOKENIZERS[hparams["generation_id"]],
+        tokenizer=GOLDEN / "tokenizers" / TOKENIZERS[release_of(hparams)],
         original_config=hparams["constructor_args"] | changes,
-        overwrite=True,
     )
-    model = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True).eval()
-    assert model.config.text_config.original_generation == GENERATIONS[hparams["generation_id"]]
+    return summary.output
+
+
+def load_case(case: str, **changes: Any) -> tuple[MiniMindVForConditionalGeneration, dict]:
+    """Model of a recorded case in eval mode, and its recorded hyperparameters."""
+    hparams = read_json(f"{case}/hparams.json")
+    model = AutoModelForCausalLM.from_pretrained(convert_case(case, **changes)).eval()
+    assert model.config.text_config.original_release == release_of(hparams)
     return model, hparams
+
+
+def with_image_token(ids: list[int], release: str, recorded_id: int, length: int) -> list[int]:
+    """Recorded ids with our image token where the original writes a whole image, `length` times `recorded_id`."""
+    ids, placeholder = list(ids), [recorded_id] * length
+    start = 0
+    while start <= len(ids) - length:
+        if ids[start : start + length] == placeholder:
+            ids[start : start + length] = [IMAGE_TOKEN_IDS[release]] * length
+            start += length
+        else:
+            start += 1
+    return ids
+
+
+def our_input_ids(input_ids: torch.Tensor, hparams: dict) -> torch.Tensor:
+    """Recorded input ids `[B, T]` of a case as our model takes them, see [`with_image_token`]."""
+    image = (release_of(hparams), hparams["image_token_id"], hparams["image_token_len"])
+    return torch.tensor([with_image_token(row, *image) for row in input_ids.tolist()])
 
 
 def find_gradient(model: MiniMindVForConditionalGeneration, original_name: str) -> torch.Tensor:
     """Gradient of the tensor that the original calls so. (The row order of the first release's q and k is kept.)"""
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    name = rename(original_name, model.config.text_config.original_generation)
+    name = rename(original_name, model.config.text_config.original_release)
     width = model.config.text_config.moe_intermediate_size
     part = re.fullmatch(r"(.*\.)(experts|shared_experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
     if part is None:

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from original import CASES, GOLDEN, find_gradient, load_case, read_json
+from original import CASES, GOLDEN, find_gradient, load_case, our_input_ids, read_json, recorded
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no ../shared/golden beside the repository")
-
 SUB_CASES = ["text", "one_image", "two_images", "batch2", "right_pad", "left_pad", "left_pad_image"]
-YARN = ["g2_dense_yarn", "g3v_dense_yarn"]
+YARN = recorded("g2_dense_yarn", "g3v_dense_yarn")
 
 
 def close(actual, expected, atol, rtol=1e-4):
@@ -18,7 +16,8 @@ def close(actual, expected, atol, rtol=1e-4):
 def recorded_inputs(case, sub_case, hparams):
     """Keyword arguments for the model, and the 24 recorded columns of the vocabulary."""
     tensors = load_file(GOLDEN / case / "inputs.safetensors")
-    inputs = {"input_ids": tensors[f"{sub_case}.input_ids"], "attention_mask": tensors[f"{sub_case}.attention_mask"]}
+    input_ids = our_input_ids(tensors[f"{sub_case}.input_ids"], hparams)
+    inputs = {"input_ids": input_ids, "attention_mask": tensors[f"{sub_case}.attention_mask"]}
     if hparams["subcases"][sub_case]["images"]:
         images = torch.nn.functional.interpolate(tensors["images_small"], scale_factor=4, mode="nearest")
         inputs["pixel_values"] = images[tensors[f"{sub_case}.image_index"].flatten()]
@@ -38,8 +37,8 @@ def compare_logits(logits, mask, cols, expected, prefix):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", CASES + YARN)
-def test_logits(case, attention, tmp_path):
-    model, hparams = load_case(case, tmp_path)
+def test_logits(case, attention):
+    model, hparams = load_case(case)
     model.set_attn_implementation(attention)
     expected = load_file(GOLDEN / case / "expected.safetensors")
     compared = 0
@@ -60,12 +59,12 @@ def test_logits(case, attention, tmp_path):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.endswith("_moe")])
-def test_variants_of_the_router(case, tmp_path):
+def test_variants_of_the_router(case):
     variants = read_json(f"{case}/hparams.json")["variants"]
     expected = load_file(GOLDEN / case / "expected.safetensors")
     assert variants
     for name, variant in variants.items():
-        model, hparams = load_case(case, tmp_path, **variant["changed"])
+        model, hparams = load_case(case, **variant["changed"])
         inputs, cols, _ = recorded_inputs(case, variant["inputs"], hparams)
         with torch.no_grad():
             logits = model(**inputs).logits
@@ -73,8 +72,8 @@ def test_variants_of_the_router(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_greedy_continuation(case, tmp_path):
-    model, hparams = load_case(case, tmp_path)
+def test_greedy_continuation(case):
+    model, hparams = load_case(case)
     expected = read_json(f"{case}/greedy.json")
     ids = next(value for value in expected.values() if isinstance(value, list))
     inputs, _, _ = recorded_inputs(case, "one_image", hparams)
@@ -83,8 +82,8 @@ def test_greedy_continuation(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_gradients(case, tmp_path):
-    model, hparams = load_case(case, tmp_path)
+def test_losses_and_gradients(case):
+    model, hparams = load_case(case)
     recorded = read_json(f"{case}/training.json")
     inputs, _, labels = recorded_inputs(case, "batch2", hparams)
     del inputs["attention_mask"]  # the recorded run had none
@@ -111,9 +110,9 @@ def test_losses_and_gradients(case, tmp_path):
         close(find_gradient(model, name).norm(), norm, 1e-5)
 
 
-@pytest.mark.parametrize("case", ["g1_moe", "g2_moe"])
-def test_router_loss_over_the_batch(case, tmp_path):
-    model, hparams = load_case(case, tmp_path, seq_aux=False)
+@pytest.mark.parametrize("case", recorded("g1_moe", "g2_moe"))
+def test_router_loss_over_the_batch(case):
+    model, hparams = load_case(case, seq_aux=False)
     inputs, _, labels = recorded_inputs(case, "batch2", hparams)
     del inputs["attention_mask"]
     expected = read_json(f"{case}/training.json")["seq_aux_false.float32_buffer"]["aux_loss"]

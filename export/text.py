@@ -1,10 +1,9 @@
-"""Checkpoints of this package -> the original's key names, or a plain model of the library."""
+"""Checkpoints of this package -> their decoder as a plain model of the library."""
 
 from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -16,50 +15,8 @@ from transformers import (
 
 from ..common import atomic_output
 from ..configuration_minimind_v import MiniMindConfig
-from ..conversion.convert import LANGUAGE_MODEL, TOWER, read_checkpoint
-from ..conversion.key_maps import to_original
-
-
-def read_ours(checkpoint: str | Path) -> tuple[dict[str, torch.Tensor], PreTrainedConfig]:
-    """Tensors under the vision-language model's names, and the configuration."""
-    config = AutoConfig.from_pretrained(checkpoint)
-    if config.model_type not in ("minimind", "minimind_v"):
-        raise ValueError(f"{checkpoint} is not a checkpoint of this package: its model_type is {config.model_type!r}.")
-    state, _, _ = read_checkpoint(checkpoint)
-    if config.model_type == "minimind":
-        state = {k.replace("model.", LANGUAGE_MODEL, 1) if k.startswith("model.") else k: v for k, v in state.items()}
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state[LANGUAGE_MODEL + "embed_tokens.weight"]
-    return state, config
-
-
-def export_to_original(
-    checkpoint: str | Path, output: str | Path, *, include_tower: bool = False, overwrite: bool = False
-) -> Path:
-    """Writes a state dict under the names of the generation that the checkpoint came from.
-
-    Args:
-        checkpoint: Folder of this package.
-        output: The `.pth` file to write.
-        include_tower: Also write `vision_encoder.*`; the original's own training scripts leave it out.
-        overwrite: Replace an existing file.
-
-    Returns:
-        The output file.
-
-    Raises:
-        FileExistsError: The output exists.
-        ValueError: Not a checkpoint of this package.
-    """
-    state, config = read_ours(checkpoint)
-    text, output = config.get_text_config(), Path(output)
-    generation = text.to_dict().get("original_generation") or ("minimind3" if text.use_qk_norm else "minimind2")
-    if not include_tower:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(TOWER)}
-    state = to_original(state, generation, text.head_dim, text.num_shared_experts)
-    with atomic_output(output, overwrite) as file:
-        torch.save(state, file)
-    return output
+from ..conversion.key_maps import LANGUAGE_MODEL
+from .reading import read_own_checkpoint
 
 
 def library_config(text: MiniMindConfig) -> PreTrainedConfig:
@@ -87,7 +44,7 @@ def export_text_backbone(checkpoint: str | Path, output: str | Path, *, overwrit
         FileExistsError: The output exists and is not empty.
         ValueError: Not a checkpoint of this package, or no library model computes the same (experts of MiniMind2).
     """
-    state, config = read_ours(checkpoint)
+    state, config = read_own_checkpoint(checkpoint)
     text, output = config.get_text_config(), Path(output)
     if text.use_moe and (text.num_shared_experts or not text.use_qk_norm):
         raise ValueError(

@@ -1,0 +1,83 @@
+"""Checkpoints of any form -> tensors: a file, a folder or a Hub repository."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+
+from ..common import read_json
+
+FILE_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".json")
+
+
+def is_local(source: str | Path) -> bool:
+    """Whether this names a file or folder here, and not a Hub repository (`user/name`)."""
+    is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not str(source).endswith(FILE_SUFFIXES)
+    return Path(source).expanduser().exists() or not is_repository
+
+
+def read_checkpoint(checkpoint: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path | None]:
+    """Reads a file of tensors, or a folder or Hub repository in the form of transformers.
+
+    Args:
+        checkpoint: `.pth`, `.bin` or `.safetensors` file, folder, or Hub repository. Pickles are read with
+            `weights_only=True`, so that they cannot run code.
+
+    Returns:
+        The tensors by name, the content of `config.json` (empty without one), and the folder (None for a file).
+
+    Raises:
+        FileNotFoundError: There is no such file, folder or repository name, or the folder holds no weights.
+        ValueError: The file is not a checkpoint of tensors; the message says why.
+    """
+    path = Path(checkpoint)
+    if path.is_file():
+        return read_tensors(path), {}, None
+    if not path.is_dir():
+        if is_local(checkpoint):
+            raise FileNotFoundError(f"{checkpoint} is no file, no folder and no Hub repository (user/name).")
+        path = Path(snapshot_download(str(checkpoint), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.txt"]))
+    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    return {name: tensor for file in weight_files(path) for name, tensor in read_tensors(file).items()}, config, path
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: one, or the shards that its index names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            return sorted({folder / shard for shard in read_json(index)["weight_map"].values()})
+        if (folder / name).exists():
+            return [folder / name]
+    raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin. Name the file of weights.")
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict of one file."""
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip_file(path))
+    except OSError:
+        raise
+    except Exception as error:  # what is no checkpoint makes the readers fail in many ways
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from None
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]  # the original's files for resuming also hold the optimizer
+    if not isinstance(content, dict) or not content or not all(torch.is_tensor(value) for value in content.values()):
+        raise ValueError(
+            f"{path} does not hold a state dict (names and tensors); it holds a {type(content).__name__}."
+        )
+    # Prefixes that torch.compile and DistributedDataParallel leave
+    return {re.sub(r"^(_orig_mod\.|module\.)+", "", name): tensor.contiguous() for name, tensor in content.items()}
+
+
+def is_zip_file(path: Path) -> bool:
+    """Whether the tensors can stay on disk until they are used (the form that torch writes since 1.6)."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"

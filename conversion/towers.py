@@ -1,0 +1,81 @@
+"""The vision tower of an original checkpoint: from the checkpoint itself, or from a folder or repository."""
+
+import contextlib
+import re
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    BaseImageProcessor,
+    CLIPImageProcessorPil,
+    CLIPVisionModel,
+    PreTrainedConfig,
+    SiglipImageProcessorPil,
+    SiglipVisionModel,
+)
+
+from .configurations import vision_config
+from .key_maps import TOWER
+
+TOWERS = {
+    "clip": CLIPVisionModel,
+    "clip_vision_model": CLIPVisionModel,
+    "siglip": SiglipVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+}
+
+
+def read_tower(
+    state: dict[str, torch.Tensor], vision_encoder: str | Path | None
+) -> tuple[PreTrainedConfig, dict[str, torch.Tensor], list[str]]:
+    """Configuration and tensors of the tower.
+
+    Args:
+        state: The checkpoint's tensors under this package's names. A tower among them is used.
+        vision_encoder: Folder or Hub repository of a CLIP or SigLIP model; its configuration is used, and its tensors
+            if the checkpoint has none.
+
+    Returns:
+        The configuration, the tensors that `state` lacks, and what was assumed.
+
+    Raises:
+        ValueError: There is no tower, or one of another kind.
+    """
+    shapes = {name: tensor.shape for name, tensor in state.items() if name.startswith(TOWER)}
+    if vision_encoder is None:
+        if not shapes:
+            raise ValueError(
+                "The checkpoint has no vision tower. Name its folder or repository with --vision-encoder."
+            )
+        config, assumed = vision_config(shapes)
+        return config, {}, assumed
+    config = AutoConfig.from_pretrained(vision_encoder)
+    if config.model_type not in TOWERS:
+        raise ValueError(f"{vision_encoder} must be a CLIP or SigLIP model; it is a {config.model_type!r}.")
+    if config.model_type in ("clip", "siglip"):
+        config = config.vision_config
+    tensors = {} if shapes else read_tower_tensors(vision_encoder, config)
+    if config.model_type == "siglip_vision_model":
+        config.vision_use_head = False  # the decoder reads the patches
+    return config, tensors, []
+
+
+def read_tower_tensors(vision_encoder: str | Path, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """Tensors of a CLIP or SigLIP model's tower, without SigLIP's pooling head, under this package's names."""
+    state = TOWERS[config.model_type].from_pretrained(vision_encoder, config=config).state_dict()
+    state = {re.sub(r"^vision_model\.", "", name): tensor for name, tensor in state.items()}
+    return {TOWER + name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+
+
+def make_image_processor(config: PreTrainedConfig, vision_encoder: str | Path | None) -> BaseImageProcessor:
+    """The image processor of `vision_encoder`, or the usual one for a tower of this configuration."""
+    if vision_encoder is not None:
+        with contextlib.suppress(OSError):
+            return AutoImageProcessor.from_pretrained(vision_encoder, backend="pil")
+    side = config.image_size
+    if config.model_type == "clip_vision_model":
+        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    half = [0.5, 0.5, 0.5]
+    return SiglipImageProcessorPil(size={"height": side, "width": side}, resample=2, image_mean=half, image_std=half)

@@ -1,0 +1,40 @@
+"""Checkpoints of this package -> the original's key names."""
+
+from pathlib import Path
+
+import torch
+
+from ..common import atomic_output
+from ..conversion.key_maps import TOWER, to_original
+from .reading import read_own_checkpoint
+
+
+def export_to_original(
+    checkpoint: str | Path, output: str | Path, *, include_tower: bool = False, overwrite: bool = False
+) -> Path:
+    """Writes a state dict under the names of the release that the checkpoint came from.
+
+    A checkpoint that came from none gets the names of the newest release with its architecture.
+
+    Args:
+        checkpoint: Folder of this package.
+        output: The `.pth` file to write.
+        include_tower: Also write `vision_encoder.*`; the original's own training scripts leave it out.
+        overwrite: Replace an existing file.
+
+    Returns:
+        The output file.
+
+    Raises:
+        FileExistsError: The output exists.
+        ValueError: Not a checkpoint of this package.
+    """
+    state, config = read_own_checkpoint(checkpoint)
+    text, output = config.get_text_config(), Path(output)
+    release = getattr(text, "original_release", None) or ("minimind3" if text.use_qk_norm else "minimind2")
+    if not include_tower:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(TOWER)}
+    state = to_original(state, release, text.head_dim, text.num_shared_experts)
+    with atomic_output(output, overwrite) as file:
+        torch.save(state, file)
+    return output
