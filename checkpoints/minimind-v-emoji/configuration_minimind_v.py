@@ -4,43 +4,32 @@ The decoder's fields carry the names of `Qwen3MoeConfig`, which it extends: Mini
 (experts) with other sizes, and MiniMind2 is the same without q/k norm, with always-on shared experts.
 """
 
+import copy
 import math
-import re
-from typing import Any
+from typing import Any, Literal
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import strict  # checks the type of every field
+from transformers.configuration_utils import strict  # checks the types, then calls validate_architecture
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
-
-
-def check_choice(config: PreTrainedConfig, name: str, choices: tuple[str, ...]) -> None:
-    """Raises a ValueError unless the field has one of these values."""
-    if getattr(config, name) not in choices:
-        raise ValueError(f"{name} must be one of {choices}; got {getattr(config, name)!r}.")
 
 
 @strict
 class MiniMindConfig(Qwen3MoeConfig):
     """Configuration of the MiniMind decoder. Without arguments: the dense decoder of MiniMind-3 (65M parameters).
-
-    Only what `Qwen3MoeConfig` does not have, or has with another default, is listed here.
+    Listed here is what `Qwen3MoeConfig` does not have, or has with another default.
 
     Args:
-        use_moe: Mixture of experts in every layer (the original's own switch) instead of one dense FFN.
+        use_moe: A mixture of `num_experts` experts (the original's own switch) instead of a dense FFN, in all layers
+            but those that `mlp_only_layers` and `decoder_sparse_step` leave dense.
         use_qk_norm: RMSNorm on each head's query and key before RoPE (MiniMind-3: yes, MiniMind2: no).
         num_shared_experts: Experts that see every token besides the routed ones (MiniMind2). Several are one FFN of
             `num_shared_experts * moe_intermediate_size` columns, which computes their sum.
-        router_aux_loss_type: Formula of the load-balancing loss, see `router_auxiliary_loss` in the modeling file:
-            `"switch"` (MiniMind-3), `"sequence"` (MiniMind2) or `"batch"` (MiniMind2 with `seq_aux=False`).
-        head_dim: Size of one head; left out, `hidden_size // num_attention_heads`.
-        intermediate_size: Width of the dense FFN; left out, MiniMind-3's rule `64 * ceil(pi * hidden_size / 64)`.
-        moe_intermediate_size: Width of one expert; left out, `intermediate_size`.
+        router_aux_loss_type: Formula of [`router_auxiliary_loss`] in the modeling file: `"switch"` (MiniMind-3),
+            `"sequence"` (MiniMind2) or `"batch"` (MiniMind2 with `seq_aux=False`).
+        head_dim, intermediate_size, moe_intermediate_size: Left out, `hidden_size // num_attention_heads`; for a dense
+            FFN MiniMind-3's rule `64 * ceil(pi * hidden_size / 64)`; for an expert `intermediate_size`.
         norm_topk_prob: Weights of the chosen experts sum up to 1. With one expert per token, as released, that weight
-            is always 1, and the router learns from the load-balancing loss only, not from which expert answers best:
-            to train a router, take `num_experts_per_tok=2` or `norm_topk_prob=False`.
-
-    Raises:
-        ValueError: The values contradict each other; the message names them.
+            is always 1, so that the router learns from the load-balancing loss only.
     """
 
     model_type = "minimind"
@@ -65,85 +54,65 @@ class MiniMindConfig(Qwen3MoeConfig):
     moe_intermediate_size: int | None = None
     norm_topk_prob: bool = True
     router_aux_loss_coef: float = 5e-4
-    router_aux_loss_type: str = "switch"
+    router_aux_loss_type: Literal["switch", "sequence", "batch"] = "switch"
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.intermediate_size is None:
-            self.intermediate_size = 64 * math.ceil(math.pi * self.hidden_size / 64)
-        if self.moe_intermediate_size is None:
-            self.moe_intermediate_size = self.intermediate_size
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.intermediate_size = self.intermediate_size or 64 * math.ceil(math.pi * self.hidden_size / 64)
+        self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
+        self.rope_parameters = copy.copy(self.rope_parameters)  # the library completes it in place
+        every_step = range(self.decoder_sparse_step - 1, self.num_hidden_layers, self.decoder_sparse_step)
+        sparse_layers = set(every_step) - set(self.mlp_only_layers or ()) if self.use_moe else ()
+        self.use_moe = len(sparse_layers) > 0
         if not self.use_moe:
+            self.num_experts = 0  # so Qwen3-MoE's layers, and vLLM, know that the decoder is dense
             self.router_aux_loss_coef = 0.0  # TRL asks every model that has this field, and not 0, for its router loss
-        self.base_model_tp_plan = self._tensor_parallel_plan()
+        absent = [part for part, has in (("_norm", self.use_qk_norm), (".experts", self.use_moe)) if not has]
+        absent += ["mlp.gate_p", "mlp.up_p", "mlp.down_p"] if len(sparse_layers) == self.num_hidden_layers else []
+        plan = Qwen3MoeConfig.base_model_tp_plan  # must not name what no layer has
+        self.base_model_tp_plan = {k: v for k, v in plan.items() if not any(part in k for part in absent)}
         super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        super().validate_architecture()
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads}): every key/value head serves the same number of query heads."
-            )
+            heads = f"num_attention_heads ({self.num_attention_heads})"
+            raise ValueError(f"{heads} must be a multiple of num_key_value_heads ({self.num_key_value_heads}).")
         if self.head_dim % 2 or self.head_dim < 2:
             raise ValueError(f"head_dim must be even for RoPE, which rotates pairs; got {self.head_dim}.")
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok must be between 1 and num_experts ({self.num_experts}); "
-                f"got {self.num_experts_per_tok}."
-            )
-        check_choice(self, "router_aux_loss_type", ("switch", "sequence", "batch"))
-
-    def _tensor_parallel_plan(self) -> dict[str, str]:
-        """Qwen3-MoE's plan without the modules that this decoder does not have."""
-        plan = {}
-        for name, style in Qwen3MoeConfig.base_model_tp_plan.items():
-            if self.use_moe and self.num_shared_experts:
-                name = re.sub(r"mlp\.(gate|up|down)_proj", r"mlp.shared_experts.\1_proj", name)
-            has_module = self.use_qk_norm if "_norm" in name else True
-            if ".mlp." in name:
-                has_module = self.use_moe == ("experts" in name)
-            if has_module:
-                plan[name] = style
-        return plan
+            raise ValueError(f"num_experts_per_tok must be 1 to {self.num_experts}; got {self.num_experts_per_tok}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, and the `auto_map` that lets the saved checkpoint load by itself with trust_remote_code."""
-        return {
-            **super().to_dict(),
-            "auto_map": {
-                "AutoConfig": "configuration_minimind_v.MiniMindConfig",
-                "AutoModel": "modeling_minimind_v.MiniMindModel",
-                "AutoModelForCausalLM": "modeling_minimind_v.MiniMindForCausalLM",
-            },
+        """Without what a dense decoder has no use for (vLLM takes a count of experts for experts)."""
+        output = super().to_dict()
+        of_experts = ("expert", "moe_", "router_", "topk", "mlp_only", "sparse")
+        unused = [] if self.use_moe else [name for name in output if any(word in name for word in of_experts)]
+        for name in ("id2label", "label2id", *unused):
+            output.pop(name, None)
+        output["auto_map"] = {
+            "AutoConfig": "configuration_minimind_v.MiniMindConfig",
+            "AutoModel": "modeling_minimind_v.MiniMindModel",
+            "AutoModelForCausalLM": "modeling_minimind_v.MiniMindForCausalLM",
         }
+        return output
 
 
 @strict
 class MiniMindVConfig(PreTrainedConfig):
-    """Configuration of MiniMind-V. Without any argument: MiniMind-3V as released (SigLIP-B/32 at 256 px, 64 tokens).
+    """Configuration of MiniMind-V. Without any argument: MiniMind-3V as released.
 
     Args:
         text_config: `MiniMindConfig` or a dict of its fields.
-        vision_config: Configuration of a vision tower, or a dict with its `model_type` (`clip_vision_model` or
-            `siglip_vision_model`; left out, the latter).
-        image_token_id: Id that marks the places of image features in `input_ids`. Required as soon as one of the two
-            configurations is given.
+        vision_config: Configuration of a CLIP or SigLIP vision tower, or a dict with its `model_type`.
+        image_token_id: Id of the placeholder `<|image_pad|>` in `input_ids`; left out, the one of MiniMind-3.
         image_seq_length: Tokens of one image; left out, what the tower produces.
-        projector_type: `"mlp"` (MiniMind-3: LayerNorm, Linear, activation, Linear) or `"linear"` (MiniMind2).
-        projector_hidden_act: Activation of the mlp projector; `"gelu"` is the exact one.
-        vision_feature_select_strategy: `"default"` drops the tower's first token (CLS), `"full"` keeps all; left out,
-            `"default"` for CLIP, which has a CLS token, and `"full"` for SigLIP, which has none.
+        projector_type: `"mlp"` (MiniMind-3: LayerNorm, Linear, exact GELU, Linear) or `"linear"` (MiniMind2).
+        vision_feature_select_strategy: `"default"` drops CLS (left out, for CLIP), `"full"` keeps all (for SigLIP).
         tie_word_embeddings: Embedding and output matrix are one tensor; left out, as `text_config` says.
-
-    Raises:
-        ValueError: An impossible value; the message says what was received and what was expected.
-
-    Example:
-        >>> config = MiniMindVConfig(text_config={"hidden_size": 512}, vision_config={}, image_token_id=12)
-        >>> config.image_seq_length
-        196
     """
 
     model_type = "minimind_v"
@@ -152,80 +121,76 @@ class MiniMindVConfig(PreTrainedConfig):
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
-    image_token_id: int | None = None
+    image_token_id: int = 12
     image_seq_length: int | None = None
-    projector_type: str = "mlp"
+    projector_type: Literal["linear", "mlp"] = "mlp"
     projector_hidden_act: str = "gelu"
-    vision_feature_select_strategy: str | None = None
+    vision_feature_select_strategy: Literal["default", "full"] | None = None
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.text_config is None and self.vision_config is None:
-            self.vision_config = {"image_size": 256, "patch_size": 32, "vision_use_head": False}
-            self.image_token_id = 12 if self.image_token_id is None else self.image_token_id  # <|image_pad|>
-        if self.text_config is None or isinstance(self.text_config, dict):
-            self.text_config = MiniMindConfig(**(self.text_config or {}))
-        if self.vision_config is None or isinstance(self.vision_config, dict):
-            vision_config = {"model_type": "siglip_vision_model", **(self.vision_config or {})}
-            self.vision_config = CONFIG_MAPPING[vision_config["model_type"]](**vision_config)
-        if self.tie_word_embeddings is None:
-            self.tie_word_embeddings = self.text_config.tie_word_embeddings
-        self.text_config.tie_word_embeddings = self.tie_word_embeddings
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = MiniMindConfig(**copy.deepcopy(self.text_config or {}))
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            released = {"image_size": 256, "patch_size": 32, "vision_use_head": False}
+            vision_config = released if self.vision_config is None else copy.deepcopy(self.vision_config)
+            model_type = vision_config.setdefault("model_type", "siglip_vision_model")
+            self.vision_config = CONFIG_MAPPING[model_type](**vision_config)
         if self.vision_config.model_type in ("clip", "siglip"):  # never the text half
             self.vision_config = self.vision_config.vision_config
-        has_cls_token = self.vision_config.model_type == "clip_vision_model"
-        if self.vision_feature_select_strategy is None:
-            self.vision_feature_select_strategy = "default" if has_cls_token else "full"
-        self._check_values(has_cls_token)
+        if isinstance(size := self.vision_config.image_size, (list, tuple)):
+            if size[0] != size[1]:
+                raise ValueError(f"The vision tower takes square images only; got image_size {size}.")
+            self.vision_config = copy.deepcopy(self.vision_config)  # what was passed in stays as it is
+            self.vision_config.image_size = size[0]
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        elif self.tie_word_embeddings != self.text_config.tie_word_embeddings:
+            self.text_config = copy.deepcopy(self.text_config)
+            self.text_config.tie_word_embeddings = self.tie_word_embeddings
+        strategy = "default" if self._has_cls_token() else "full"
+        self.vision_feature_select_strategy = self.vision_feature_select_strategy or strategy
+        self.image_seq_length = self.image_seq_length or self._count_image_tokens()
         if not __name__.startswith("transformers_modules."):
-            # Read from config.json. As an attribute it would make `pipeline` demand trust_remote_code, although the
-            # package is installed and has registered its pipeline; `to_dict` writes it again.
+            # With it, `pipeline` would demand trust_remote_code of an installed package; `to_dict` writes it again.
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
 
-    def _check_values(self, has_cls_token: bool) -> None:
-        check_choice(self, "projector_type", ("linear", "mlp"))
-        check_choice(self, "vision_feature_select_strategy", ("default", "full") if has_cls_token else ("full",))
-        if self.image_token_id is None or not 0 <= self.image_token_id < self.text_config.vocab_size:
-            raise ValueError(
-                "image_token_id must be the tokenizer's id of the image placeholder, between 0 and vocab_size - 1 "
-                f"({self.text_config.vocab_size - 1}); got {self.image_token_id}."
-            )
+    def _has_cls_token(self) -> bool:
+        return self.vision_config.model_type == "clip_vision_model"
+
+    def _count_image_tokens(self) -> int:
+        """What the tower makes of one image: a token for each patch, and CLS where it is kept."""
         grid = self.vision_config.image_size // self.vision_config.patch_size
-        produced = grid * grid + has_cls_token - (self.vision_feature_select_strategy == "default")
-        if self.image_seq_length is None:
-            self.image_seq_length = produced
-        if self.image_seq_length != produced:
-            raise ValueError(
-                f"image_seq_length must be {produced}, the number of tokens that the tower makes of one image "
-                f"({self.vision_config.model_type}: {grid} x {grid} patches, vision_feature_select_strategy="
-                f"{self.vision_feature_select_strategy!r}); got {self.image_seq_length}."
-            )
+        return grid * grid + (self._has_cls_token() and self.vision_feature_select_strategy == "full")
+
+    def validate_architecture(self) -> None:
+        super().validate_architecture()
+        if self.vision_feature_select_strategy == "default" and not self._has_cls_token():
+            raise ValueError("vision_feature_select_strategy must be 'full': the tower has no CLS token to drop.")
+        if not 0 <= self.image_token_id < (size := self.text_config.vocab_size):
+            raise ValueError(f"image_token_id must be an id below vocab_size ({size}); got {self.image_token_id}.")
+        if self.image_seq_length != (produced := self._count_image_tokens()):
+            tower = f"{self.vision_config.model_type} makes {produced} tokens of one image"
+            raise ValueError(f"image_seq_length must be {produced}: {tower}; got {self.image_seq_length}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, and what lets the saved checkpoint load by itself: `auto_map` and the image-to-text pipeline."""
+        """With what lets the saved checkpoint load by itself: `auto_map`, and the image-to-text pipeline."""
         output = super().to_dict()
+        for part in (output, output["text_config"], output["vision_config"]):
+            part["dtype"] = output.get("dtype")  # as the library sets it on loading: saving again changes nothing
+            part.pop("id2label", None), part.pop("label2id", None)
         output.pop("use_cache", None)  # Trainer turns it off while it trains
-        for name in self.sub_configs:  # as the library sets it on loading, so that saving again changes nothing
-            output[name]["dtype"] = output.get("dtype")
-        return {
-            **output,
-            "auto_map": {
-                "AutoConfig": "configuration_minimind_v.MiniMindVConfig",
-                "AutoModel": "modeling_minimind_v.MiniMindVModel",
-                "AutoModelForCausalLM": "modeling_minimind_v.MiniMindVForConditionalGeneration",
-                "AutoModelForImageTextToText": "modeling_minimind_v.MiniMindVForConditionalGeneration",
-                "AutoModelForMultimodalLM": "modeling_minimind_v.MiniMindVForConditionalGeneration",
-                "AutoProcessor": "processing_minimind_v.MiniMindVProcessor",
-            },
-            "custom_pipelines": {
-                "image-to-text": {
-                    "impl": "processing_minimind_v.MiniMindVImageToTextPipeline",
-                    "pt": ["AutoModelForImageTextToText"],
-                    "type": "multimodal",
-                }
-            },
+        heads = [f"AutoModelFor{kind}" for kind in ("CausalLM", "ImageTextToText", "MultimodalLM")]
+        output["auto_map"] = {
+            "AutoConfig": "configuration_minimind_v.MiniMindVConfig",
+            "AutoModel": "modeling_minimind_v.MiniMindVModel",
+            **dict.fromkeys(heads, "modeling_minimind_v.MiniMindVForConditionalGeneration"),
+            "AutoProcessor": "processing_minimind_v.MiniMindVProcessor",
         }
+        pipeline = {"impl": "processing_minimind_v.MiniMindVImageToTextPipeline", "type": "multimodal"}
+        output["custom_pipelines"] = {"image-to-text": pipeline | {"pt": ["AutoModelForImageTextToText"]}}
+        return output
 
 
 # Registration makes save_pretrained copy this file, and those it imports, next to the weights.

@@ -20,20 +20,23 @@ from PIL import Image, ImageOps
 
 URL_TIMEOUT = 20  # seconds, for the connection and for all of the content
 MAX_DOWNLOAD_BYTES = 64 * 2**20
-SMALLEST_PICTURE = 26  # bytes: a GIF of one pixel. Shorter base64 is a mistyped path.
+SMALLEST_IMAGE = 26  # bytes: a GIF of one pixel. Shorter base64 is a mistyped path.
+MAX_ASPECT_RATIO = 4  # A centre crop to a square sees nothing beyond, with a margin for the resampling filter.
 
 
-def load_image(source: Any, name: str = "image") -> Image.Image:
-    """Anything that shows a picture, as upright 8-bit RGB on white.
+def load_image(source: Any, name: str = "image", is_cropped: bool = False) -> Image.Image:
+    """Anything that shows a picture, as an upright 8-bit RGB image on white.
 
     Args:
         source: Path, http(s) URL, base64 or data-URL string, bytes, binary file, PIL image, or an array or tensor
             `[H, W]`, `[H, W, C]` or `[C, H, W]` with C = 1, 3 or 4: integers of 8 or 16 bits, or floats in [0, 1] or
             [0, 255].
         name: What error messages call it, such as "image 2 of sample 1".
+        is_cropped: A centre crop to a square follows, so the ends of a very long image, which that does not see, are
+            cut off: resizing its short side to the square would take gigabytes.
 
     Raises:
-        ValueError: Not a picture, broken, or with more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+        ValueError: Not an image, broken, or with more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
         FileNotFoundError: A string that is no file, no URL and no base64.
         TypeError: Any other kind of object.
     """
@@ -48,7 +51,7 @@ def load_image(source: Any, name: str = "image") -> Image.Image:
                 source = base64.b64decode(encoded, validate=True)
             except ValueError:
                 source = b""
-            if not source or (len(source) < SMALLEST_PICTURE and not text.startswith("data:")):
+            if not source or (len(source) < SMALLEST_IMAGE and not text.startswith("data:")):
                 raise FileNotFoundError(f"{name} is no file, no http(s) URL and no base64 picture. Check the path.")
     if isinstance(source, bytes):
         source = io.BytesIO(source)
@@ -61,8 +64,10 @@ def load_image(source: Any, name: str = "image") -> Image.Image:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(source, (np.ndarray, torch.Tensor)):
-                return _picture_from_array(source)
-            return _to_rgb(ImageOps.exif_transpose(Image.open(source) if is_file else source))
+                image = _image_from_array(source)
+            else:
+                image = _to_rgb(ImageOps.exif_transpose(Image.open(source) if is_file else source))
+            return _cut_ends(image) if is_cropped else image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(
             f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels and was not decoded. Shrink it, or raise "
@@ -87,6 +92,14 @@ def _download(url: str, name: str) -> bytes:
     return content
 
 
+def _cut_ends(image: Image.Image) -> Image.Image:
+    """The middle of an image whose long side is more than `MAX_ASPECT_RATIO` times the short one."""
+    width, height = image.size
+    side = MAX_ASPECT_RATIO * min(width, height)
+    left, top = max(0, (width - side) // 2), max(0, (height - side) // 2)
+    return image.crop((left, top, left + min(width, side), top + min(height, side))) if left or top else image
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16-bit and float images: PIL's own conversion clips them
         return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
@@ -96,7 +109,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _picture_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
+def _image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
     channels_first = isinstance(array, torch.Tensor)
     if channels_first:
         array = array.detach().cpu()
