@@ -434,7 +434,7 @@ def test_card_of_the_user_stays(checkpoint, tmp_path):
 
 
 def test_card_of_a_checkpoint_without_one(make_processor, tmp_path):
-    make_model("clip", moe=True).save_pretrained(tmp_path / "checkpoint")
+    make_model("clip", moe=True).save_pretrained(tmp_path / "checkpoint", max_shard_size="100KB")
     make_processor("clip").save_pretrained(tmp_path / "checkpoint")
     output = publishing.assemble(tmp_path / "checkpoint", tmp_path / "output", repo_id="alice/tiny-experts")
     card = ModelCard.load(output / "README.md")
@@ -444,6 +444,8 @@ def test_card_of_a_checkpoint_without_one(make_processor, tmp_path):
     assert "| decoder | 2 layers of width 32, 4 heads (2 key/value), vocabulary 320, 4 experts, 2 active" in card.text
     assert ", 1 shared |" in card.text and " of them active for a token | " in card.text
     assert "vllm serve alice/tiny-experts --trust-remote-code" in card.text
+    assert len(list(output.glob("model-*.safetensors"))) > 1
+    checks.check_files(output)
 
 
 # --- Loading what was published --------------------------------------------------------------------------------------
@@ -507,7 +509,7 @@ def fine_tuned(folder):
 def converted(folder):
     """MiniMind2 with experts of the original project."""
     if not GOLDEN.is_dir():
-        pytest.skip("no ../shared/golden beside the repository")
+        pytest.skip("no recorded checkpoints of the original")
     case = GOLDEN / "g2_moe"
     convert_checkpoint(
         case / "upstream.pth",
