@@ -1,14 +1,15 @@
 """What a stranger sees who has a published folder, transformers, torch and pillow, and nothing else.
 
-[`hub_upload.verify`] runs this file in a fresh process, with nothing of the user's around it:
+[`verify`] runs this file in a fresh process, with nothing of the user's around it; it imports nothing of this package:
 
-    python hub_checks.py FOLDER RESULT.json [CHECKPOINT]
+    python checks.py FOLDER RESULT.json [CHECKPOINT]
 
 First the files are looked at; only if they are what they should be is their code run.
 """
 
 import ast
 import dataclasses
+import importlib.metadata
 import json
 import os
 import re
@@ -18,17 +19,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import ModelCard
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from PIL import Image, ImageOps
 from safetensors import safe_open
 
-TRANSFORMERS_RANGE = ">=5.16.1"
 CODE = [f"{name}_minimind_v.py" for name in ("configuration", "image_loading", "modeling", "processing")]
 CONFIGURATION = ["config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json"]
 SAVED = [*CONFIGURATION, "chat_template.jinja", "tokenizer.json", *CODE]  # by save_pretrained, besides the weights
 REQUIRED = {*SAVED, "LICENSE", "README.md", "example.png"}
 INDEX = "model.safetensors.index.json"
 PROMPT = "Describe this image."
-GREEDY = {"max_new_tokens": 32, "do_sample": False}  # give pipelines a copy: before 5.20 they write into it
+# Pipelines get a copy until 5.20 is the lower bound: before it they write into what they are given
+GREEDY = {"max_new_tokens": 32, "do_sample": False}
 
 
 @dataclasses.dataclass
@@ -40,16 +45,18 @@ class Check:
     detail: str
 
 
-def read_json(path: Path) -> Any:
-    """Content of a JSON file, or {} where there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}. Save the checkpoint again.") from error
+def supported_transformers() -> str:
+    """The versions that this package's metadata ask for, such as ">=5.19.0"."""
+    requirements = map(Requirement, importlib.metadata.requires("minimind-v") or [])
+    return str(next(requirement.specifier for requirement in requirements if requirement.name == "transformers"))
 
 
-def pictures_of(card: str) -> set[str]:
-    """Names of the pictures that a card shows and that stand beside it."""
+def read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def card_images(card: str) -> set[str]:
+    """Names of the image files that a card shows and that stand in its folder."""
     names = {first or second for first, second in re.findall(r"!\[[^\]]*\]\(([^)\s]+)|<img[^>]+src=\"([^\"]+)", card)}
     return {name for name in names if re.fullmatch(r"[\w.-]+\.(gif|jpe?g|png|svg|webp)", name)}
 
@@ -60,11 +67,13 @@ def pictures_of(card: str) -> set[str]:
 def check_files(folder: Path) -> str:
     """Nothing is missing, nothing else is there: above all no pickle."""
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    index = read_json(folder / INDEX)
-    expected = REQUIRED | ({INDEX, *index["weight_map"].values()} if index else {"model.safetensors"})
+    expected = REQUIRED | {"model.safetensors"}
+    if INDEX in found:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        expected = REQUIRED | {INDEX, *index["weight_map"].values()}
     if missing := sorted(expected - found):
         raise ValueError(f"missing: {', '.join(missing)}")
-    if stray := sorted(found - expected - pictures_of((folder / "README.md").read_text(encoding="utf-8"))):
+    if stray := sorted(found - expected - card_images((folder / "README.md").read_text(encoding="utf-8"))):
         raise ValueError(f"do not belong here: {', '.join(stray)}")
     sizes = {name: (folder / name).stat().st_size for name in found}
     if empty := sorted(name for name in found if not sizes[name]):
@@ -118,51 +127,60 @@ def check_privacy(folder: Path) -> str:
 
 
 def check_card(folder: Path) -> str:
-    """The Hub's own classes read its metadata, which say what the Hub shows; its pictures are there."""
+    """The Hub's own classes read its metadata, which say what the Hub shows; its images are there."""
     card = ModelCard.load(folder / "README.md")
     data = card.data.to_dict()
     expected = ("library_name", "pipeline_tag", "license", "language", "tags", "widget")
     if missing := [key for key in expected if not data.get(key)]:
         raise ValueError(f"README.md does not say {', '.join(missing)}")
-    if lost := sorted(name for name in pictures_of(card.text) if not (folder / name).exists()):
+    if lost := sorted(name for name in card_images(card.text) if not (folder / name).exists()):
         raise ValueError(f"README.md shows {', '.join(lost)}, which is not there")
     return f"{data['library_name']}, {data['pipeline_tag']}, licence {data['license']}"
 
 
 def check_versions(folder: Path) -> str:
     """The running transformers is a supported one, and so is the one that wrote the configuration."""
-    import transformers
-    from packaging.specifiers import SpecifierSet
-
-    written = read_json(folder / "config.json")["transformers_version"]
+    supported, written = supported_transformers(), read_config(folder)["transformers_version"]
     for version in (transformers.__version__, written):
-        if not SpecifierSet(TRANSFORMERS_RANGE, prereleases=True).contains(version):
-            raise ValueError(f"transformers {version} is not {TRANSFORMERS_RANGE}")
-    return f"transformers {TRANSFORMERS_RANGE}, written by {written}, checked with {transformers.__version__}"
+        if not SpecifierSet(supported).contains(version, prereleases=True):
+            raise ValueError(f"transformers {version} is not {supported}")
+    return f"transformers {supported}, written by {written}, checked with {transformers.__version__}"
+
+
+FILE_CHECKS = {
+    "files": check_files,
+    "weights": check_weights,
+    "code": check_code,
+    "privacy": check_privacy,
+    "card": check_card,
+    "versions": check_versions,
+}
 
 
 # --- The model -------------------------------------------------------------------------------------------------------
 
 
 class Stranger:
-    """Loads the folder. Each check needs those before it."""
+    """Uses the model as its readers will. Each of `checks` needs what those before it loaded."""
 
     def __init__(self, folder: Path, checkpoint: Path | None) -> None:
-        from PIL import Image
-
         self.folder, self.checkpoint, self.path = folder, checkpoint, str(folder / "example.png")
-        self.picture = Image.open(self.path).convert("RGB")
-        self.question = [{"type": "image", "image": self.picture}, {"type": "text", "text": PROMPT}]
+        self.image = Image.open(self.path).convert("RGB")
+        self.question = [{"type": "image", "image": self.image}, {"type": "text", "text": PROMPT}]
 
     def checks(self) -> dict[str, Callable[[], str]]:
-        checks = {"auto classes": self.check_auto_classes, "pipelines": self.check_pipelines}
-        checks |= {"save and reload": self.check_reloading}
-        checks |= {"same as source": self.check_source} if self.checkpoint else {}
-        return checks | {"batch": self.check_batch}
+        checks = {
+            "auto classes": self.check_auto_classes,
+            "pipelines": self.check_pipelines,
+            "save and reload": self.check_reloading,
+            "same as source": self.check_source,
+            "batch": self.check_batch,
+        }
+        if self.checkpoint is None:
+            del checks["same as source"]
+        return checks
 
     def load(self, name: str, source: Path, **options: Any) -> Any:
-        import transformers
-
         return getattr(transformers, name).from_pretrained(source, trust_remote_code=True, **options)
 
     def ask(self, model: Any, processor: Any, *chats: list[dict]) -> list[str]:
@@ -179,7 +197,7 @@ class Stranger:
         return [text.strip() for text in processor.batch_decode(answers, skip_special_tokens=True)]
 
     def check_auto_classes(self) -> str:
-        names = [*read_json(self.folder / "config.json")["auto_map"], "AutoTokenizer"]
+        names = [*read_config(self.folder)["auto_map"], "AutoTokenizer"]
         loaded = {name: self.load(name, self.folder) for name in names}
         self.processor = loaded["AutoProcessor"]
         self.model, loading = self.load("AutoModelForImageTextToText", self.folder, output_loading_info=True)
@@ -191,10 +209,8 @@ class Stranger:
         return f"{', '.join(name.removeprefix('Auto') for name in names)} load"
 
     def check_pipelines(self) -> str:
-        from transformers import pipeline
-
         captioner, chatter = (
-            pipeline(task, model=str(self.folder), device="cpu", trust_remote_code=True)
+            transformers.pipeline(task, model=str(self.folder), device="cpu", trust_remote_code=True)
             for task in ("image-to-text", "image-text-to-text")
         )
         caption = captioner(self.path, prompt=PROMPT, generate_kwargs=dict(GREEDY))[0]["generated_text"]
@@ -219,13 +235,11 @@ class Stranger:
         return "the same files, the same answer"
 
     def check_source(self) -> str:
-        model, processor = self.model, self.processor
         if (self.checkpoint / CODE[-1]).exists():
-            model = self.load("AutoModelForImageTextToText", self.checkpoint)
-            processor = self.load("AutoProcessor", self.checkpoint)
-        else:  # weights without code: with the one that is published
-            model = type(model).from_pretrained(self.checkpoint)
-            processor = type(processor).from_pretrained(self.checkpoint)
+            names = ("AutoModelForImageTextToText", "AutoProcessor")
+            model, processor = (self.load(name, self.checkpoint) for name in names)
+        else:  # weights without code: with the code that is published
+            model, processor = (type(part).from_pretrained(self.checkpoint) for part in (self.model, self.processor))
         image = self.question[:1]
         for question in (self.question, image, [*image, *self.question]):
             given = self.ask(self.model, self.processor, question)
@@ -233,15 +247,13 @@ class Stranger:
         return "3 greedy answers equal those of the checkpoint"
 
     def check_batch(self) -> str:
-        from PIL import ImageOps
-
-        pictures = [self.picture, ImageOps.flip(self.picture), ImageOps.invert(self.picture)]
-        chats = [[{"type": "image", "image": picture}, self.question[1]] for picture in pictures]
+        images = [self.image, ImageOps.flip(self.image), ImageOps.invert(self.image)]
+        chats = [[{"type": "image", "image": image}, self.question[1]] for image in images]
         chats.append([*chats[0], *chats[1]])
         self.model.float()  # half precision rounds differently in a batch: two equal candidates may change places
         alone = [self.ask(self.model, self.processor, chat)[0] for chat in chats]
         expect(self.ask(self.model, self.processor, *chats), alone, "a batch")
-        return f"{len(chats)} rows of different lengths and numbers of pictures answer as each alone"
+        return f"{len(chats)} rows of different lengths and numbers of images answer as each alone"
 
 
 def expect(received: Any, expected: Any, name: str) -> None:
@@ -269,9 +281,7 @@ def main(folder: Path, result: Path, checkpoint: Path | None = None) -> None:
     del sys.path[0]  # the folder of this file
     sys.modules["minimind_v"] = None  # as if not installed
     sys.addaudithook(refuse_network)
-    functions = {"files": check_files, "weights": check_weights, "code": check_code, "privacy": check_privacy}
-    functions |= {"card": check_card, "versions": check_versions}
-    checks = [run_check(name, partial(function, folder)) for name, function in functions.items()]
+    checks = [run_check(name, partial(function, folder)) for name, function in FILE_CHECKS.items()]
     if all(check.ok for check in checks):
         for name, function in Stranger(folder, checkpoint).checks().items():
             checks.append(run_check(name, function))

@@ -1,5 +1,7 @@
-"""Publishing, against a small Hub on loopback (hub_server.py), through the real command and the real client."""
+"""Publishing, against a small Hub on loopback (hub_server.py), through the real client."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -13,39 +15,24 @@ import pytest
 import torch
 from conftest import CHECKPOINT, REPOSITORY, make_model, make_text_config, user
 from hub_server import HubServer
-from huggingface_hub import ModelCard
-from original import GOLDEN, load_case
+from huggingface_hub import ModelCard, constants
+from original import GOLDEN
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from minimind_v import MiniMindForCausalLM, MiniMindVForConditionalGeneration, MiniMindVProcessor
-
-sys.path.append(str(REPOSITORY))  # hub_upload is a script of the clone, no part of the package
-import hub_checks
-import hub_upload
+from minimind_v import (
+    MiniMindForCausalLM,
+    MiniMindVForConditionalGeneration,
+    MiniMindVProcessor,
+    hub_upload,
+    publishing,
+)
+from minimind_v.conversion import convert_checkpoint
+from minimind_v.publishing import checks
+from minimind_v.publishing.verify import list_files
 
 REPO = "alice/emoji"
 CAPTION = "Red apple."
-# Uploads several times in one process: argv = JSON list of {folder, repo_id, token, ...options of upload}.
-UPLOADS = f"""
-import json, os, sys
-sys.path.append({str(REPOSITORY)!r})
-import hub_upload
-results = []
-for case in json.loads(sys.argv[1]):
-    os.environ.pop("HF_TOKEN", None)
-    if token := case.pop("token", "hf_alice"):
-        os.environ["HF_TOKEN"] = token
-    folder = case.pop("folder")
-    report = hub_upload.Report(folder, hub_upload.list_files(hub_upload.Path(folder)), [])
-    report.checks = [hub_upload.Check("loads", case.pop("passes", True), "as verified before")]
-    try:
-        commit = hub_upload.upload(folder, report=report, **case)
-        results.append({{"oid": commit.oid, "pr_url": commit.pr_url}})
-    except Exception as error:
-        results.append({{"error": type(error).__name__, "message": str(error)}})
-print(json.dumps(results))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +41,23 @@ def hub():
         yield server
 
 
-def run(command, hub, tmp_path, token="hf_alice"):
-    """A fresh process in front of this Hub. It may never print a token."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTEST"))}
-    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"HF_ENDPOINT": hub if isinstance(hub, str) else hub.url} | ({"HF_TOKEN": token} if token else {})
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
-    assert not re.search("hf_alice|hf_bob|api_wrong", result.stdout + result.stderr)
-    return result
+@contextlib.contextmanager
+def online(url, token="hf_alice"):
+    """The client in front of this Hub, as a user with this token."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)  # the client has read its environment long before
+        patch.setattr(constants, "ENDPOINT", url)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_TOKEN_PATH", os.devnull)
+        patch.setenv("HF_TOKEN", token or "")
+        yield
 
 
-def upload(hub, tmp_path, *cases):
-    """What `hub_upload.upload` returned or raised in each case."""
-    cases = [{"repo_id": REPO} | case | {"folder": str(case["folder"])} for case in cases]
-    results = json.loads(run([sys.executable, "-c", UPLOADS, json.dumps(cases)], hub, tmp_path, token=None).stdout)
-    return results if len(results) > 1 else results[0]
+def upload(url, folder, *, repo_id=REPO, token="hf_alice", passes=True, **options):
+    """The folder, verified before as it stands here."""
+    report = publishing.Report(str(folder), list_files(folder), [checks.Check("loads", passes, "as verified before")])
+    with online(url, token):
+        return publishing.upload(folder, repo_id, report=report, **options)
 
 
 def contents(folder):
@@ -85,36 +73,42 @@ def held(hub, repo_id, revision="main"):
 
 @pytest.fixture(scope="module")
 def published(hub, tmp_path_factory):
-    """The command's output and the folder it assembled, after the embedded model was published as v1."""
-    tmp_path = tmp_path_factory.mktemp("publish")
-    output = tmp_path / "assembled"
-    arguments = [REPOSITORY / "hub_upload.py", CHECKPOINT, REPO, "--tag", "v1", "--output", output]
-    return run([sys.executable, *arguments], hub, tmp_path), output, hub.sent()
+    """What was printed and the folder that was assembled, after the embedded model was published as v1."""
+    output = tmp_path_factory.mktemp("publish") / "assembled"
+    with online(hub.url), contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert publishing.publish(CHECKPOINT, REPO, tag="v1", output=output)
+    return printed.getvalue(), output, hub.sent()
+
+
+@pytest.fixture(autouse=True)
+def no_token_is_printed(capsys):
+    yield
+    assert not re.search("hf_alice|hf_bob|api_wrong", "".join(capsys.readouterr()))
 
 
 # --- The loop -------------------------------------------------------------------------------------------------------
 
 
-def test_command_creates_a_repository_of_exactly_what_it_verified(hub, published):
-    result, output, sent = published
-    assert "11 of 11 checks passed" in result.stdout and "FAIL" not in result.stdout
+def test_a_repository_of_exactly_what_was_verified(hub, published):
+    printed, output, sent = published
+    assert "11 of 11 checks passed" in printed and "FAIL" not in printed and "hf_alice" not in printed
     assert held(hub, REPO) == held(hub, REPO, "v1") == contents(output)
-    assert {path.name for path in output.iterdir()} == hub_checks.REQUIRED | {"model.safetensors", "grid.png"}
+    assert {path.name for path in output.iterdir()} == checks.REQUIRED | {"model.safetensors", "grid.png"}
     assert (output / "model.safetensors").read_bytes() == (CHECKPOINT / "model.safetensors").read_bytes()
     repository = hub.repositories[REPO]
     assert len(repository.commits) == 2  # the Hub's own first one, and one
     assert sent.count("lfs") == 1 and len(sent) == len(contents(output)) + 1
-    assert repository.branches["main"] in result.stdout.splitlines()[-1]
+    assert repository.branches["main"] in printed.splitlines()[-1]
 
 
-def test_nothing_changed_nothing_committed(hub, published, tmp_path):
+def test_nothing_changed_nothing_committed(hub, published):
     before = hub.repositories[REPO].branches["main"]
-    assert upload(hub, tmp_path, {"folder": published[1], "tag": "v1"})["oid"] == before
+    assert upload(hub.url, published[1], tag="v1").oid == before
     assert hub.sent() == [] and hub.repositories[REPO].branches["main"] == before
 
 
 def test_update_sends_what_changed_and_removes_what_would_be_loaded(hub, published, tmp_path):
-    """Here to a branch of its own, which the command makes."""
+    """Here to a branch of its own, which is made."""
     repository = hub.repositories[REPO]
     stale = {"model-00001-of-00002.safetensors": b"old", "adapter_config.json": b"{}", "old_minimind_v.py": b"old"}
     stale |= {"pytorch_model.bin": b"old", "preprocessor_config.json": b"{}"}
@@ -124,113 +118,116 @@ def test_update_sends_what_changed_and_removes_what_would_be_loaded(hub, publish
     folder = shutil.copytree(published[1], tmp_path / "changed")
     with (folder / "README.md").open("a") as card:
         card.write("\nNews.\n")
-    result = upload(hub, tmp_path, {"folder": folder, "revision": "next", "tag": "v2"})
+    commit = upload(hub.url, folder, revision="next", tag="v2")
     assert sorted(hub.sent()) == [*(f"deletedFile {name}" for name in sorted(stale)), "file README.md"]
     assert held(hub, REPO, "next") == contents(folder) | theirs
-    assert repository.branches["next"] == repository.tags["v2"] == result["oid"]
+    assert repository.branches["next"] == repository.tags["v2"] == commit.oid
     assert held(hub, REPO) == contents(published[1])
 
 
 def test_pull_request_of_someone_else(hub, published, tmp_path):
     folder = shutil.copytree(published[1], tmp_path / "changed")
     (folder / "LICENSE").write_text("Another licence")
-    refused, opened = upload(
-        hub,
-        tmp_path,
-        {"folder": folder, "token": "hf_bob"},
-        {"folder": folder, "token": "hf_bob", "create_pr": True},
-    )
-    assert refused["error"] == "PermissionError" and "--create-pr" in refused["message"]
-    assert opened["pr_url"] == f"{hub.url}/{REPO}/discussions/1"
+    with pytest.raises(PermissionError, match="--create-pr"):
+        upload(hub.url, folder, token="hf_bob")
+    commit = upload(hub.url, folder, token="hf_bob", create_pr=True)
+    assert commit.pr_url == f"{hub.url}/{REPO}/discussions/1"
     assert hub.sent() == ["file LICENSE"]
     assert held(hub, REPO, "refs/pr/1") == contents(folder) and held(hub, REPO) == contents(published[1])
 
 
-def test_private_repository(hub, published, tmp_path):
+def test_private_repository(hub, published):
     folder, repo_id = published[1], "alice/secret"
-    first, stranger, again = upload(
-        hub,
-        tmp_path,
-        {"folder": folder, "repo_id": repo_id, "private": True},
-        {"folder": folder, "repo_id": repo_id, "token": "hf_bob"},
-        {"folder": folder, "repo_id": repo_id},
-    )
-    assert hub.repositories[repo_id].private and first["oid"] == again["oid"]
-    assert stranger["error"] == "PermissionError" and repo_id in stranger["message"]
-    assert len(hub.repositories[repo_id].commits) == 2
+    first = upload(hub.url, folder, repo_id=repo_id, private=True)
+    with pytest.raises(PermissionError, match=repo_id):
+        upload(hub.url, folder, repo_id=repo_id, token="hf_bob")
+    assert upload(hub.url, folder, repo_id=repo_id).oid == first.oid
+    assert hub.repositories[repo_id].private and len(hub.repositories[repo_id].commits) == 2
 
 
 def test_cut_connections(hub, published, tmp_path):
     """While a large file is sent, the client tries again by itself; later, the next run goes on."""
-    folder = shutil.copytree(published[1], tmp_path / "other")
+    folder, repo_id = shutil.copytree(published[1], tmp_path / "other"), "alice/cut"
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.bias"] = torch.ones(1)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     hub.sent()
-    case = {"folder": folder, "repo_id": "alice/cut"}
-    hub.cut += ["PUT /lfs/", "POST /api/models/alice/cut/commit/"]
-    failed, finished = upload(hub, tmp_path, case, case)
+    hub.cut += ["PUT /lfs/", f"POST /api/models/{repo_id}/commit/"]
+    with pytest.raises(ConnectionError, match="run the same command again"):
+        upload(hub.url, folder, repo_id=repo_id)
     assert hub.cut == []
-    assert failed["error"] == "ConnectionError" and "run the same command again" in failed["message"]
-    sent = hub.sent()
-    assert sent.count("lfs") == 2  # cut and repeated in the first run, not sent again in the second
-    assert held(hub, "alice/cut") == contents(folder)
-    assert hub.repositories["alice/cut"].branches["main"] == finished["oid"]
+    commit = upload(hub.url, folder, repo_id=repo_id)
+    assert hub.sent().count("lfs") == 2  # cut and repeated in the first run, not sent again in the second
+    assert held(hub, repo_id) == contents(folder)
+    assert hub.repositories[repo_id].branches["main"] == commit.oid
 
 
 # --- What cannot be published ----------------------------------------------------------------------------------------
 
 
-def test_what_the_hub_does_not_take(hub, published, tmp_path):
+@pytest.fixture(scope="module")
+def odd_repositories(hub, published):
     hub.add("alice/data", kind="dataset")
     llama = hub.add("alice/llama")
     llama.commit("main", {"config.json": b'{"model_type": "llama"}', ".gitattributes": b"x"}, "weights")
-    bad_card = shutil.copytree(published[1], tmp_path / "card")
-    card = ModelCard.load(bad_card / "README.md")
-    card.data.license = "not-a-licence"
-    card.save(bad_card / "README.md")
-    cases = [
-        ({"token": None}, "PermissionError", "No token of the Hub was found"),
-        ({"token": "api_wrong"}, "PermissionError", "Invalid credentials"),
-        ({"repo_id": "bob/emoji"}, "PermissionError", "namespace 'bob'"),
-        ({"repo_id": "emoji"}, "ValueError", "Give it as USER/REPO"),
-        ({"repo_id": "alice/a b"}, "ValueError", "Give it as USER/REPO"),
-        ({"repo_id": "alice/data"}, "ValueError", "is a dataset"),
-        ({"repo_id": "alice/llama"}, "ValueError", "(llama)"),
-        ({"private": True}, "ValueError", "public already"),
-        ({"tag": "v2"}, "ValueError", "Choose another name with --tag"),
-        ({"tag": "v3", "create_pr": True}, "ValueError", "leave out --revision and --tag"),
-        ({"repo_id": "alice/card", "folder": bad_card}, "ValueError", "license"),
-        ({"passes": False}, "ValueError", "FAIL  loads"),
-    ]
-    hub.repositories[REPO].tags["v2"] = "0" * 40
-    results = upload(hub, tmp_path, *({"folder": published[1]} | case for case, _, _ in cases))
-    for (case, error, message), result in zip(cases, results, strict=True):
-        assert result.get("error") == error and message in result["message"], (case, result)
+    hub.repositories[REPO].tags["other"] = "0" * 40
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"token": None}, PermissionError, "No token of the Hub was found"),
+        ({"token": "api_wrong"}, PermissionError, "Invalid credentials"),
+        ({"repo_id": "bob/emoji"}, PermissionError, "namespace 'bob'"),
+        ({"repo_id": "emoji"}, ValueError, "Give it as USER/REPO"),
+        ({"repo_id": "alice/a b"}, ValueError, "Give it as USER/REPO"),
+        ({"repo_id": "alice/data"}, ValueError, "is a dataset"),
+        ({"repo_id": "alice/llama"}, ValueError, r"\(llama\)"),
+        ({"private": True}, ValueError, "public already"),
+        ({"tag": "other"}, ValueError, "Choose another name with --tag"),
+        ({"tag": "v3", "create_pr": True}, ValueError, "leave out --revision and --tag"),
+        ({"passes": False}, ValueError, "FAIL  loads"),
+    ],
+)
+def test_what_is_not_sent(options, error, message, hub, published, odd_repositories):
+    with pytest.raises(error, match=message) as raised:
+        upload(hub.url, published[1], **options)
+    assert not options.get("token") or options["token"] not in str(raised.value)
     assert hub.sent() == []
 
 
-def test_network_down(published, tmp_path):
+def test_card_that_the_hub_does_not_take(hub, published, tmp_path):
+    """Nor is a tag moved to what changed since."""
+    folder = shutil.copytree(published[1], tmp_path / "card")
+    card = ModelCard.load(folder / "README.md")
+    card.data.license = "not-a-licence"
+    card.save(folder / "README.md")
+    with pytest.raises(ValueError, match="license"):
+        upload(hub.url, folder, repo_id="alice/card")
+    with pytest.raises(ValueError, match="has a tag v1 already, of another commit"):
+        upload(hub.url, folder, tag="v1")
+    assert hub.sent() == []
+
+
+def test_network_down(published):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
-    result = upload(address, tmp_path, {"folder": published[1]})
-    assert result["error"] == "ConnectionError" and "Check the network" in result["message"]
+    with pytest.raises(ConnectionError, match="Check the network"):
+        upload(address, published[1])
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set"), online(address):
+        constants.HF_HUB_OFFLINE = True
+        report = publishing.Report("", list_files(published[1]), [checks.Check("loads", True, "")])
+        publishing.upload(published[1], REPO, report=report)
 
 
 def test_changed_after_verification(published, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
     folder = shutil.copytree(published[1], tmp_path / "folder")
-    report = hub_upload.Report(str(folder), hub_upload.list_files(folder), [hub_upload.Check("loads", True, "")])
+    report = publishing.Report(str(folder), list_files(folder), [checks.Check("loads", True, "")])
     (folder / "README.md").write_text("Something else")
     with pytest.raises(ValueError, match=r"changed since it was verified: README\.md"):
-        hub_upload.upload(folder, REPO, report=report)
-
-
-def command(monkeypatch, *arguments):
-    """The command in this process, where HF_HUB_OFFLINE forbids the network."""
-    monkeypatch.setattr(sys, "argv", ["hub_upload.py", *map(str, arguments)])
-    hub_upload.main()
+        publishing.upload(folder, REPO, report=report)
 
 
 def test_failing_checkpoint_is_not_uploaded(make_processor, tmp_path, monkeypatch, capsys):
@@ -239,10 +236,10 @@ def test_failing_checkpoint_is_not_uploaded(make_processor, tmp_path, monkeypatc
     model.save_pretrained(tmp_path / "broken")
     processor.save_pretrained(tmp_path / "broken")
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
-    with pytest.raises(SystemExit, match="Nothing was uploaded, because the folder does not pass"):
-        command(monkeypatch, tmp_path / "broken", "alice/broken")
-    printed = capsys.readouterr().out
-    assert re.search(r"FAIL  weights .*holds NaN", printed) and "auto classes" not in printed
+    assert not publishing.publish(tmp_path / "broken", "alice/broken")
+    printed = capsys.readouterr()
+    assert re.search(r"FAIL  weights .*holds NaN", printed.out) and "auto classes" not in printed.out
+    assert "Nothing was uploaded, because the folder does not pass" in printed.err
     assert (tmp_path / "broken-hub").is_dir()
 
 
@@ -302,7 +299,7 @@ def bad_card(folder):
 def test_what_cannot_be_assembled(damage, error, message, checkpoint, tmp_path):
     damage(checkpoint)
     with pytest.raises(error, match=message):
-        hub_upload.assemble(checkpoint, tmp_path / "output", repo_id=REPO)
+        publishing.assemble(checkpoint, tmp_path / "output", repo_id=REPO)
     assert not [path for path in tmp_path.iterdir() if path != checkpoint]
 
 
@@ -310,9 +307,9 @@ def test_output_that_is_not_ours(checkpoint, tmp_path):
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "thesis.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="Choose another folder"):
-        hub_upload.assemble(checkpoint, tmp_path / "output", repo_id=REPO)
+        publishing.assemble(checkpoint, tmp_path / "output", repo_id=REPO)
     with pytest.raises(ValueError, match="holds the checkpoint"):
-        hub_upload.assemble(checkpoint, tmp_path, repo_id=REPO)
+        publishing.assemble(checkpoint, tmp_path, repo_id=REPO)
     assert (tmp_path / "output" / "thesis.txt").read_text() == "mine"
 
 
@@ -322,7 +319,7 @@ def test_full_disk(checkpoint, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
     try:
         with pytest.raises(OSError, match=r"No room to write .*output.*Free some space"):
-            hub_upload.assemble(checkpoint, tmp_path / "output", repo_id=REPO)
+            publishing.assemble(checkpoint, tmp_path / "output", repo_id=REPO)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
@@ -352,7 +349,7 @@ def test_full_disk(checkpoint, tmp_path):
         ("privacy", "tokenizer_config.json", b'{"token": "hf_' + b"a" * 34 + b'"}', "holds an access token"),
         ("privacy", "config.json", json.dumps({"_name_or_path": str(CHECKPOINT)}).encode(), "a path of this machine"),
         ("card", "README.md", b"---\nlicense: mit\n---\n", "does not say library_name"),
-        ("versions", "config.json", b'{"transformers_version": "4.57.0"}', "transformers 4.57.0 is not >=5.16.1"),
+        ("versions", "config.json", b'{"transformers_version": "4.57.0"}', "transformers 4.57.0 is not >="),
     ],
 )
 def test_checks_of_files(check, file, content, message, published, tmp_path):
@@ -362,8 +359,8 @@ def test_checks_of_files(check, file, content, message, published, tmp_path):
         (folder / file).unlink()
     else:
         (folder / file).write_bytes(content)
-    function = getattr(hub_checks, f"check_{check}")
-    result = hub_checks.run_check(check, lambda: function(folder))
+    function = getattr(checks, f"check_{check}")
+    result = checks.run_check(check, lambda: function(folder))
     assert result.ok is (message is None)
     assert message is None or re.search(message, result.detail), result
 
@@ -381,21 +378,23 @@ def test_checks_of_the_model(published, checkpoint, tmp_path, monkeypatch):
     save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
     monkeypatch.chdir(tmp_path)
     found = {
-        name: hub_checks.run_check(name, function)
-        for name, function in hub_checks.Stranger(folder, checkpoint).checks().items()
+        name: checks.run_check(name, function)
+        for name, function in checks.Stranger(folder, checkpoint).checks().items()
     }
     assert found["auto classes"].ok and found["batch"].ok
     assert found["pipelines"].detail == "the caption in the card gives 'Green apple.' instead of 'Red apple.'"
     assert found["save and reload"].detail.startswith("generation_config.json saved again gives")
     assert re.match(r"the published model gives \['Red apple\.'\] instead of", found["same as source"].detail)
     missing_weights(folder)
-    broken = hub_checks.run_check("auto classes", hub_checks.Stranger(folder, None).check_auto_classes)
+    broken = checks.run_check("auto classes", checks.Stranger(folder, None).check_auto_classes)
     assert "do not fit" in broken.detail and "language_model.norm.weight" in broken.detail
 
 
-def test_versions_are_those_of_the_package():
+def test_versions_are_those_of_the_package(published):
     project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'"transformers{hub_checks.TRANSFORMERS_RANGE}"' in project
+    supported = checks.supported_transformers()
+    assert f'"transformers{supported}"' in project
+    assert f"needs transformers {supported}," in (published[1] / "README.md").read_text(encoding="utf-8")
 
 
 # --- The card --------------------------------------------------------------------------------------------------------
@@ -411,7 +410,7 @@ def test_card_of_the_user_stays(checkpoint, tmp_path):
     (checkpoint / "optimizer.pt").write_bytes(b"a pickle")
     (checkpoint / "all_results.json").write_text('{"eval_loss": 0.5, "eval_runtime": 2.0, "train_loss": 1.23456789}')
     (checkpoint / "trainer_state.json").write_text('{"global_step": 40, "epoch": 2.0, "log_history": [{"loss": 1}]}')
-    first = hub_upload.assemble(checkpoint, tmp_path / "first", repo_id="alice/cats")
+    first = publishing.assemble(checkpoint, tmp_path / "first", repo_id="alice/cats")
     card = ModelCard.load(first / "README.md")
     assert card.text.startswith("\n# Mine\n\nMy text.\n") and "## limits\n\nNone at all.\n" in card.text
     assert card.text.count("# Mine") == 1 and "## Limits" not in card.text and "## Citation" in card.text
@@ -424,20 +423,20 @@ def test_card_of_the_user_stays(checkpoint, tmp_path):
     [result] = card.data.eval_results
     assert (result.metric_type, result.metric_value) == ("loss", 0.5) and "model-index" in data
     assert (first / "curve.png").read_bytes() == b"a picture" and not (first / "optimizer.pt").exists()
-    hub_checks.check_files(first), hub_checks.check_card(first)
+    checks.check_files(first), checks.check_card(first)
 
-    again = hub_upload.assemble(first, tmp_path / "again", repo_id="alice/cats")
+    again = publishing.assemble(first, tmp_path / "again", repo_id="alice/cats")
     assert contents(again).keys() == contents(first).keys()
     different = {name for name, data in contents(first).items() if data != contents(again)[name]}
     assert different <= {"README.md"}  # whose facts of the training run stay behind
-    relicensed = hub_upload.assemble(first, tmp_path / "again", repo_id="alice/cats", license="cc-by-4.0")
+    relicensed = publishing.assemble(first, tmp_path / "again", repo_id="alice/cats", license="cc-by-4.0")
     assert ModelCard.load(relicensed / "README.md").data.license == "cc-by-4.0"
 
 
 def test_card_of_a_checkpoint_without_one(make_processor, tmp_path):
-    make_model("clip", moe=True).save_pretrained(tmp_path / "checkpoint")
+    make_model("clip", moe=True).save_pretrained(tmp_path / "checkpoint", max_shard_size="100KB")
     make_processor("clip").save_pretrained(tmp_path / "checkpoint")
-    output = hub_upload.assemble(tmp_path / "checkpoint", tmp_path / "output", repo_id="alice/tiny-experts")
+    output = publishing.assemble(tmp_path / "checkpoint", tmp_path / "output", repo_id="alice/tiny-experts")
     card = ModelCard.load(output / "README.md")
     headings = re.findall(r"^##? .*", card.text, flags=re.MULTILINE)
     assert headings == ["# tiny-experts", "## Example", "## Model", "## Use", "## Limits", "## Citation"]
@@ -445,6 +444,8 @@ def test_card_of_a_checkpoint_without_one(make_processor, tmp_path):
     assert "| decoder | 2 layers of width 32, 4 heads (2 key/value), vocabulary 320, 4 experts, 2 active" in card.text
     assert ", 1 shared |" in card.text and " of them active for a token | " in card.text
     assert "vllm serve alice/tiny-experts --trust-remote-code" in card.text
+    assert len(list(output.glob("model-*.safetensors"))) > 1
+    checks.check_files(output)
 
 
 # --- Loading what was published --------------------------------------------------------------------------------------
@@ -484,7 +485,7 @@ def fine_tuned(folder):
     peft = pytest.importorskip("peft", reason="peft is not installed (extra: train)")
     model = MiniMindVForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
     processor = MiniMindVProcessor.from_pretrained(CHECKPOINT)
-    chat = [user(Image.open(REPOSITORY / "examples/images/apple.png"), hub_upload.PROMPT)]
+    chat = [user(Image.open(REPOSITORY / "examples/images/apple.png"), checks.PROMPT)]
     chat.append({"role": "assistant", "content": "Sunflower."})
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     inputs = processor.apply_chat_template(chat, **options)
@@ -506,11 +507,18 @@ def fine_tuned(folder):
 
 
 def converted(folder):
-    """MiniMind2 of the original project."""
+    """MiniMind2 with experts of the original project."""
     if not GOLDEN.is_dir():
-        pytest.skip("no ../shared/golden beside the repository")
-    load_case("g2_dense", folder.parent)
-    return folder.parent / "g2_dense"
+        pytest.skip("no recorded checkpoints of the original")
+    case = GOLDEN / "g2_moe"
+    convert_checkpoint(
+        case / "upstream.pth",
+        folder,
+        vision_encoder=case / "vision_encoder",
+        tokenizer=GOLDEN / "tokenizers" / "minimind2_im",
+        original_config=json.loads((case / "hparams.json").read_text(encoding="utf-8"))["constructor_args"],
+    )
+    return folder
 
 
 @pytest.mark.parametrize("make, private, caption", [(fine_tuned, False, "Sunflower."), (converted, True, None)])
@@ -519,15 +527,15 @@ def test_other_checkpoints(make, private, caption, hub, tmp_path, monkeypatch, c
     checkpoint, repo_id, folder = make(tmp_path / "checkpoint"), f"alice/{make.__name__}", tmp_path / "output"
     monkeypatch.delenv("HF_TOKEN", raising=False)
     capsys.readouterr()
-    command(monkeypatch, checkpoint, repo_id, "--dry-run", "--output", folder)
+    assert publishing.publish(checkpoint, repo_id, dry_run=True, output=folder)
     report, plan = capsys.readouterr().out.split("\n\n")
     assert "11 of 11 checks passed" in report and "same as source" in report, report
     listed = [line.split() for line in plan.splitlines()[1:-1]]
-    hashes = hub_upload.list_files(folder)
+    hashes = list_files(folder)
     assert listed == [[f"{len(data):,}", hashes[name][:12], name] for name, data in sorted(contents(folder).items())]
     shown = ModelCard.load(folder / "README.md").data.widget[0]["output"]["text"]
     assert shown == (caption or shown)
-    upload(hub, tmp_path, {"folder": folder, "repo_id": repo_id, "private": private})
+    upload(hub.url, folder, repo_id=repo_id, private=private)
     assert held(hub, repo_id) == contents(folder)
 
 
@@ -538,12 +546,35 @@ def test_loading_what_was_published(hub, published, tmp_path):
     (folder / "generation_config.json").write_text(json.dumps(generation))
     with (folder / "modeling_minimind_v.py").open("a") as code:
         code.write("PUBLISHED = 2\n")
-    upload(hub, tmp_path, {"folder": folder})
+    upload(hub.url, folder)
     others = [name for name in ("alice/fine_tuned", "alice/converted") if name in hub.repositories]
-    result = run([sys.executable, "-c", CONSUMER, REPO, *others], hub, tmp_path)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTEST"))}
+    environment |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_alice", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CONSUMER, REPO, *others]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["blocks"] == 4 and found["printed"][:2] == [[{"generated_text": CAPTION}], [CAPTION]]
     assert len(found["printed"]) == 4 and found["printed"][3][0] == CAPTION
     assert found["pinned"] == {"main": [7, 2], "revision": [40, 1], "both": [40, 1]}
     assert found["captions"].keys() == set(others)
     assert all(answer == shown for answer, shown in found["captions"].values())
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+def test_module_at_the_top_level(capsys):
+    for name in ("Report", "assemble", "upload", "verify"):
+        assert getattr(hub_upload, name) is getattr(publishing, name)
+    with pytest.raises(SystemExit) as end:
+        hub_upload.main(["missing", REPO, "--dry-run"])
+    printed = "".join(capsys.readouterr()) + str(end.value.code)  # Python prints a text that ends a program
+    assert "error: missing is no folder. Name the folder of a checkpoint." in printed and end.value.code
+
+
+def test_command_at_the_top_level():
+    command = [sys.executable, "-X", "importtime", REPOSITORY / "hub_upload.py", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "usage: minimind-v upload" in result.stdout and "--dry-run" in result.stdout
+    assert not re.search(r"\| +(torch|transformers|minimind_v)$", result.stderr, flags=re.MULTILINE)
