@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>\n{% endgeneration %}"
     "{% elif message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
     "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% if part['type'] == 'image' %}<|image_pad|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TOWERS = {
@@ -82,7 +82,7 @@ def tokenizer_object():
 
 @pytest.fixture
 def make_processor(tokenizer_object):
-    def make(tower="siglip", image_token="<|image_pad|>", **changes):
+    def make(tower="siglip", **changes):
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(tokenizer_object.to_str()),
             pad_token=SPECIAL_TOKENS[0],
@@ -97,8 +97,8 @@ def make_processor(tokenizer_object):
             image_processor = CLIPImageProcessorPil(**size)
         else:
             image_processor = SiglipImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3)
-        arguments = {"image_seq_length": 16, "chat_template": CHAT_TEMPLATE.replace("IMAGE", image_token)} | changes
-        return MiniMindVProcessor(image_processor, tokenizer, image_token=image_token, **arguments)
+        arguments = {"image_seq_length": 16, "chat_template": CHAT_TEMPLATE} | changes
+        return MiniMindVProcessor(image_processor, tokenizer, **arguments)
 
     return make
 

@@ -186,7 +186,7 @@ def test_pictures_without_their_places_are_refused(options, make_processor, enco
     inputs = encode(make_processor(), user(picture(0), "one"), user(picture(1), "two"))
     pixels = inputs.pop("pixel_values")
     for wrong in (pixels[:1], torch.cat([pixels, pixels[:1]])):
-        with pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: 32, features: "):
+        with pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: "):
             answers(model, {**inputs, "pixel_values": wrong}, **options)
     text = encode(make_processor(), user("no picture"))
     with pytest.raises(ValueError, match="do not match, tokens: 0, features: 16"):
@@ -201,24 +201,6 @@ def test_tower_runs_once_per_generation(setup, encode):
     assert len(calls) == 1
     answers(model, encode(processor, chats[2]))
     assert len(calls) == 1  # text only: the tower is not used
-
-
-def test_at_sign_as_placeholder_of_minimind2(make_processor, encode):
-    """196 (here 16) times `@` is a picture, the `@` of an e-mail address is text, in every mode."""
-    processor = make_processor("clip", image_token="@" * 16)
-    model = make_model("clip")
-    model.config.image_token_id = processor.image_token_id
-    chat = user("Mail me@home.org: ", picture(1), " or you@work.org ", picture(2), " what differs?")
-    inputs = encode(processor, chat)
-    assert (inputs["input_ids"] == processor.image_token_id).sum() == 2 * 16 + 2
-    single = answers(model, inputs)
-    assert answers(model, inputs, do_sample=True, top_k=1, num_return_sequences=2) == single * 2
-    many = encode(processor, user(picture(1), " " + "a@b.c " * 16))  # as many as a picture has tokens
-    single = answers(model, many, do_sample=True, top_k=1)
-    assert answers(model, many, do_sample=True, top_k=1, num_return_sequences=2) == single * 2
-    single = answers(model, inputs)
-    batch = encode(processor, chat, user("a@b"), user(picture(1), "@"))
-    assert answers(model, batch)[0] == single[0]
 
 
 def test_compiled_decoding_with_a_static_cache(make_processor, pictures, encode):

@@ -1,5 +1,6 @@
 """The model: equal to the library's own where it should be, and complete in what users of transformers expect."""
 
+import re
 import warnings
 
 import pytest
@@ -137,6 +138,39 @@ def test_saved_and_loaded_is_the_same_model(tower, moe, make_inputs, tmp_path):
         assert torch.equal(hidden_states, model(**inputs, output_hidden_states=True).hidden_states[-1])
 
 
+@kinds
+def test_parts_on_different_devices(tower, moe, make_inputs, tmp_path):
+    """`device_map`: here the tower is read from the disk for every call, as accelerate does for what has no room."""
+    model, inputs = make_model(tower, moe), make_inputs(tower)
+    model.save_pretrained(tmp_path)
+    device_map = {"model.vision_tower": "disk", "model.multi_modal_projector": "cpu", "model.language_model": "cpu"}
+    placed = MiniMindVForConditionalGeneration.from_pretrained(
+        tmp_path, device_map=device_map | {"lm_head": "cpu"}, offload_folder=tmp_path / "offload"
+    ).eval()
+    assert placed.hf_device_map["model.vision_tower"] == "disk"
+    inputs.pop("labels")
+    with torch.no_grad():
+        torch.testing.assert_close(placed(**inputs).logits, model(**inputs).logits)
+    options = {"do_sample": False, "max_new_tokens": 4}
+    assert torch.equal(placed.generate(**inputs, **options), model.generate(**inputs, **options))
+
+
+@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"use_qk_norm": False}, {"mlp_only_layers": [0]}], ids=str)
+def test_tensor_parallel_plan_names_what_is_there(moe, changes):
+    """Every entry matches a module or parameter, and attention, FFN and experts are all split."""
+    model = make_model(moe=moe, **changes)
+    names = [name for name, _ in [*model.model.language_model.named_modules(), *model.named_parameters()]]
+    plan = model.config.text_config.base_model_tp_plan
+    patterns = [entry.replace(".", r"\.").replace("*", r"\d+") for entry in plan]
+    unmatched = [p for p in patterns if not any(re.search(rf"(^|\.){p}(\.weight)?$", name) for name in names)]
+    assert not unmatched
+    assert {"layers.*.self_attn.q_proj", "layers.*.self_attn.o_proj"} <= plan.keys()
+    assert ("layers.*.mlp.experts" in plan) == moe
+    assert ("layers.*.mlp.up_proj" in plan) == (not moe or "mlp_only_layers" in changes)
+    assert model._tp_plan["lm_head"] == "colwise_gather_output"
+
+
 def test_meta_device_model_has_the_same_tensors():
     with torch.device("meta"):
         empty = MiniMindVForConditionalGeneration(make_config(moe=True))
@@ -207,9 +241,6 @@ def test_wrong_inputs_get_one_clear_error(make_inputs):
     features = {"image": model.get_image_features(inputs["pixel_values"])}
     with pytest.raises(ValueError, match="not as both"):
         model(**inputs, mm_encoder_outputs=features)
-    for call in (model, model.generate):
-        with pytest.raises(ValueError, match="prompt has 513 tokens, but the model has only 512 positions"):
-            call(torch.full((1, 513), 7))
 
 
 def test_output_as_tuple_and_recorded_states(make_inputs):
@@ -222,6 +253,10 @@ def test_output_as_tuple_and_recorded_states(make_inputs):
     assert torch.equal(loss, outputs.loss) and torch.equal(logits, outputs.logits)
     inputs.pop("labels")
     torch.testing.assert_close(model(**inputs, logits_to_keep=1).logits, logits[:, -1:])
+    torch.testing.assert_close(model(**inputs, logits_to_keep=torch.tensor([2, 5])).logits, logits[:, [2, 5]])
+    positions = torch.tensor([[2, 5], [7, 1]])
+    kept = model(**inputs, logits_to_keep=positions).logits
+    torch.testing.assert_close(kept, torch.stack([logits[0, positions[0]], logits[1, positions[1]]]))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -300,20 +335,18 @@ def test_distributed_training_with_a_batch_of_text(make_inputs, tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_frozen_tower_builds_no_graph(make_inputs):
-    model, inputs = make_model(), make_inputs("siglip")
-    model.model.vision_tower.requires_grad_(False)
-    model.model.vision_tower.embeddings.register_forward_hook(lambda *args: args[-1].requires_grad_())  # as PEFT does
-    features = model.get_image_features(inputs["pixel_values"])
-    assert not features.last_hidden_state.requires_grad and features.pooler_output[0].requires_grad
-
-
-def test_packed_rows_bring_their_own_positions(make_inputs):
+@pytest.mark.parametrize("text_only", [True, False])
+def test_packed_rows_do_not_see_each_other(text_only):
+    """Not in training, in evaluation, nor without labels, as label smoothing calls the model."""
     model = make_model()
+    if text_only:
+        model = MiniMindForCausalLM(model.config.text_config).eval()
     ids = torch.randint(4, 320, (1, 600))
-    packed = torch.arange(100).repeat(6)[None]
-    logits = model(ids, position_ids=packed, use_cache=False).logits
-    torch.testing.assert_close(logits[:, 100:200], model(ids[:, 100:200]).logits, atol=1e-4, rtol=1e-4)
+    positions = torch.arange(100).repeat(6)[None]
+    alone = model(ids[:, 100:200]).logits
+    for options in ({}, {"labels": ids}):
+        packed = model(ids, position_ids=positions, **options)
+        torch.testing.assert_close(packed.logits[:, 100:200], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_evaluation_with_metrics(make_inputs, tmp_path):

@@ -211,12 +211,9 @@ def test_placeholder_becomes_as_many_tokens_as_the_picture_has(processor):
     inputs = processor(text="a<|image_pad|>b", images=picture(), return_mm_token_type_ids=True)
     assert inputs["input_ids"][0].count(3) == 16
     assert inputs["mm_token_type_ids"][0] == [int(token == 3) for token in inputs["input_ids"][0]]
-    expanded = processor(text="a" + "<|image_pad|>" * 16 + "b", images=picture())  # already expanded: the same
-    assert expanded["input_ids"] == inputs["input_ids"]
 
 
 def test_as_many_pictures_as_one_has_tokens(processor):
-    """16 placeholders in a row are 16 pictures here, not one that is expanded already."""
     inputs = processor(text="<|image_pad|>" * 16, images=[picture()] * 16)
     assert inputs["input_ids"][0].count(3) == 256
 
@@ -291,12 +288,16 @@ def test_assistant_mask_covers_the_answers_only(processor):
 @pytest.mark.parametrize(
     "text, images, message",
     [
-        (["<|image_pad|>"], None, "the batch has 1 in the text and 0 images|sample 0 has 1"),
-        (["no placeholder"], [[picture()]], "sample 0 has 0 in the text and 1 images"),
-        (["<|image_pad|>", "<|image_pad|>"], [[picture(), picture()], []], "sample 0 has 1 in the text and 2 images"),
-        (["<|image_pad|>", "", "<|image_pad|>"], [[picture()], [], []], "sample 2 has 1 in the text and 0 images"),
-        (["<|image_pad|>" * 2, "a"], [picture()] * 3, "the batch has 2 in the text and 3 images"),
-        (["<|image_pad|>"], [[picture()], [picture()]], "1 prompts and 2 lists of images"),
+        (["<|image_pad|>"], None, "Found 1 .*tokens in the text but no images were passed"),
+        (["no placeholder"], [[picture()]], "Found total 0 .* tokens in the prompts and 1 images"),
+        (["<|image_pad|>", "<|image_pad|>"], [[picture(), picture()], []], r"they are \[1, 1\] and \[2, 0\]"),
+        (
+            ["<|image_pad|>", "", "<|image_pad|>"],
+            [[picture()], [], [picture()], []],
+            r"\[1, 0, 1\] and \[1, 0, 1, 0\]",
+        ),
+        (["<|image_pad|>" * 2, "a"], [picture()] * 3, "Found total 2 .* tokens in the prompts and 3 images"),
+        (["<|image_pad|>"], [[picture()], [picture()]], "Found total 1 .* tokens in the prompts and 2 images"),
     ],
 )
 def test_pictures_and_placeholders_must_agree_in_every_sample(text, images, message, processor):
@@ -311,15 +312,10 @@ def test_control_tokens_typed_by_a_user_are_refused(token, processor, encode):
             encode(processor, chat)
 
 
-def test_at_sign_typed_by_a_user_stays_text(make_processor, encode):
-    processor = make_processor("clip", image_token="@" * 16)
-    inputs = encode(processor, user(picture(), "me@home.org?"))
-    plain = encode(processor, user("me@home.org?"))
-    assert (plain["input_ids"] == processor.image_token_id).sum() == 1
-    types = processor.create_mm_token_type_ids(inputs["input_ids"])
-    assert sum(types[0]) == 16 and inputs["pixel_values"].shape[0] == 1
-    with pytest.raises(ValueError, match="control token"):
-        encode(processor, user(picture(), "@" * 20))
+def test_old_conversions_say_what_to_do(make_processor):
+    """MiniMind2 converted by an earlier version: an image was a run of the character `@`."""
+    with pytest.raises(ValueError, match="'@@@@@@@@@@@@@@@@' is 16.*convert the original's weights again"):
+        make_processor("clip", image_token="@" * 16)
 
 
 def test_truncation_never_cuts_a_picture(processor):
@@ -327,35 +323,34 @@ def test_truncation_never_cuts_a_picture(processor):
     text = ["<|image_pad|>What is this? Describe the picture."]
     assert processor(text=text, max_length=20, **options)["input_ids"].shape == (1, 20)
     processor.tokenizer.truncation_side = "right"
-    with pytest.raises(ValueError, match="Truncation to 10 tokens would cut an image of sample 0"):
+    with pytest.raises(ValueError, match="Mismatch in `image` token count .*truncation"):
         processor(text=text, max_length=10, **options)
 
 
 def test_prompt_longer_than_the_model_is_refused(processor, caplog):
-    with pytest.raises(ValueError, match=r"Sample 0 has .* tokens, but the model has only 512 positions"):
+    with pytest.raises(ValueError, match=r"The prompt has \d+ tokens, but the model has only 512 positions"):
         processor(text="<|image_pad|>" + " x" * 600, images=picture())
     assert not caplog.records
 
 
 def test_impossible_image_token_is_refused(make_processor):
-    for token in ("two tokens", "@" * 5):
-        with pytest.raises(ValueError, match="image_token must be one token"):
-            make_processor(image_token=token)
+    with pytest.raises(ValueError, match="image_token must be one token of the tokenizer; 'two tokens' is"):
+        make_processor(image_token="two tokens")
 
 
 # --- Saved and loaded -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tower, image_token", [("siglip", "<|image_pad|>"), ("clip", "@" * 16)])
-def test_save_and_load(tower, image_token, make_processor, encode, tmp_path):
-    processor = make_processor(tower, image_token=image_token)
+@pytest.mark.parametrize("tower", ["siglip", "clip"])
+def test_save_and_load(tower, make_processor, encode, tmp_path):
+    processor = make_processor(tower)
     processor.save_pretrained(tmp_path / "first")
     files = {path.name for path in (tmp_path / "first").iterdir()}
     assert {"processor_config.json", "chat_template.jinja", "tokenizer.json", "processing_minimind_v.py"} <= files
     assert not files & {"preprocessor_config.json", "chat_template.json"}
     loaded = MiniMindVProcessor.from_pretrained(tmp_path / "first")
     assert loaded.tokenizer.padding_side == "left" and loaded.chat_template == processor.chat_template
-    assert (loaded.image_seq_length, loaded.image_token) == (16, image_token)
+    assert (loaded.image_seq_length, loaded.image_token) == (16, "<|image_pad|>")
     loaded.save_pretrained(tmp_path / "second")
     for path in (tmp_path / "first").iterdir():
         assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes(), path.name
@@ -366,15 +361,12 @@ def test_save_and_load(tower, image_token, make_processor, encode, tmp_path):
 
 def test_tokenizer_and_image_processor_alone_are_enough(make_processor, tmp_path):
     """A library pipeline saves these two and not the processor."""
-    processor = make_processor("clip", image_token="@" * 16)
+    processor = make_processor("clip")
     processor.tokenizer.save_pretrained(tmp_path)
     processor.image_processor.save_pretrained(tmp_path)
     loaded = MiniMindVProcessor.from_pretrained(tmp_path)
     assert (loaded.image_seq_length, loaded.image_token_id) == (16, processor.image_token_id)
-    assert torch.equal(
-        loaded(text="@" * 16, images=picture(), return_tensors="pt")["pixel_values"],
-        processor(text="@" * 16, images=picture(), return_tensors="pt")["pixel_values"],
-    )
+    assert torch.equal(pixels(loaded, picture()), pixels(processor, picture()))
 
 
 def test_auto_processor_finds_it(make_processor, tmp_path):
