@@ -120,7 +120,7 @@ def test_mistyped_commands_get_one_line(arguments, message, capsys):
     "arguments, error, message",
     [
         (["caption", "."], FileNotFoundError, "No pictures were found for .* Name files, folders, patterns or"),
-        (["train", "--data", "rows.jsonl"], ValueError, "Name a checkpoint with --model"),
+        (["train", "--model", str(CHECKPOINT), "--data", "."], FileNotFoundError, ".*metadata.jsonl does not exist"),
     ],
 )
 def test_errors_are_one_line_unless_debugged(arguments, error, message, tmp_path, monkeypatch):
