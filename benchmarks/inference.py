@@ -5,7 +5,7 @@
     python benchmarks/inference.py --checkpoint checkpoints/minimind-v-emoji
     python benchmarks/inference.py --original CHECKOUT    # a clone of the original project, on the same weights
 
-`by column` is minimind_v with its weights stored column by column, as the command line has them on a CPU.
+`column-major` is minimind_v with its weights stored column-major, as the command line has them on a CPU.
 Everything is greedy, without an end token, and interleaved: each round measures every candidate once, and the median
 of the rounds counts. Beside the figures stand the limits of the machine, measured in the same run: bytes per second of
 a copy, and floating-point operations per second of a matrix product. Decoding one row reads every weight of the
@@ -41,10 +41,10 @@ from transformers import (
 from minimind_v import MiniMindVConfig, MiniMindVForConditionalGeneration
 from minimind_v.conversion.key_maps import to_original
 from minimind_v.export import library_config
-from minimind_v.inference.engine import store_by_column
+from minimind_v.inference.engine import store_column_major
 
 Timings = dict[str, list[float]]
-BY_COLUMN = "by column"
+COLUMN_MAJOR = "column-major"
 
 
 def seconds(action: Callable[[], Any]) -> float:
@@ -179,8 +179,8 @@ class Candidates:
         llava = make_llava(self.config, dtype).to(device)
         llava.generation_config = copy.deepcopy(ours.generation_config)
         self.models: dict[str, PreTrainedModel] = {"minimind_v": ours, "LLaVA": llava}
-        self.by_column = copy.deepcopy(ours)  # as the command line has it on a CPU
-        store_by_column(self.by_column)
+        self.column_major = copy.deepcopy(ours)  # as the command line has it on a CPU
+        store_column_major(self.column_major)
         self.original = make_original(original, ours) if original else None
 
     def inputs(self, rows: int) -> dict[str, torch.Tensor]:
@@ -188,7 +188,7 @@ class Candidates:
 
     def generate(self, name: str, inputs: dict[str, Any], new_tokens: int, **options: Any) -> torch.Tensor:
         limits = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-        model = self.by_column if name == BY_COLUMN else self.models[name]
+        model = self.column_major if name == COLUMN_MAJOR else self.models[name]
         return model.generate(**inputs, **limits, **options)
 
     def decoding(self, rows: int, new_tokens: int, rounds: int, **options: Any) -> Timings:
@@ -208,7 +208,7 @@ class Candidates:
             name: lambda clock, name=name: self.generate(
                 name, inputs, 1 + new_tokens, stopping_criteria=[clock], **options
             )
-            for name in (*self.models, BY_COLUMN)
+            for name in (*self.models, COLUMN_MAJOR)
         }
         if self.original is not None:
             actions["original"] = lambda clock: generate_as_the_original(self.original, text, 1 + new_tokens, clock)

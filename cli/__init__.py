@@ -1,1 +1,1 @@
-"""The command `minimind-v`: captions, chats, and the other tools under one roof."""
+"""The command `minimind-v`: describe pictures, talk about them, train, convert and publish."""

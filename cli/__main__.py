@@ -1,210 +1,490 @@
-"""Command line: minimind-v {caption,chat,compare,convert,train,check,upload} ...
+"""Command line: minimind-v {caption,chat,compare,check,train,convert,upload} ...
 
 Only the reading of the command line is here, without torch and transformers, so that `--help` and mistakes are
-answered at once. For the same reason the entry point finds this folder under a second name, `minimind_v_cli`:
-importing anything of `minimind_v` imports all of it.
+answered at once; each command imports what it runs. For the same reason this folder is a package of its own,
+`minimind_v_cli`: importing anything of `minimind_v` imports all of it.
 """
 
-import functools
-import inspect
+import argparse
+import difflib
+import math
 import re
-import runpy
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import typer
-
-# What typer raises for a mistyped command line; the class itself has no public name.
-UsageError: type[Exception] = typer.BadParameter.__base__
-
-app = typer.Typer(
-    help="MiniMind-V, a small vision-language model: describe pictures, talk about them, train, convert, publish.",
-    epilog="\b\nExample:\n  minimind-v caption examples/images",
-    context_settings={"max_content_width": 110},
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+Commands = argparse._SubParsersAction
 
 
-@dataclass
-class Options:
-    """What `caption`, `chat` and `compare` have in common: the arguments of [`engine.Engine`], and `debug`."""
+class Parser(argparse.ArgumentParser):
+    """argparse's parser with mistakes in one line, and lines of help that stay as they are written."""
 
-    model: Annotated[
-        str | None, typer.Option(help="Checkpoint folder or Hub repository.", show_default="the embedded model")
-    ] = None
-    greedy: Annotated[
-        bool | None,
-        typer.Option("--greedy/--sample", help="Always the likeliest token, or drawn ones.", show_default=False),
-    ] = None
-    temperature: Annotated[
-        float | None, typer.Option(min=0.01, help="For --sample: below 1 bolder, above 1 wilder.", show_default="0.65")
-    ] = None
-    top_p: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="For --sample: from the likeliest of this total share.", show_default="0.85"),
-    ] = None
-    top_k: Annotated[
-        int | None, typer.Option(min=1, help="For --sample: from so many likeliest tokens.", show_default="50")
-    ] = None
-    repetition_penalty: Annotated[
-        float | None, typer.Option(min=0.01, help="Above 1, repetition becomes rarer.", show_default="1")
-    ] = None
-    seed: Annotated[int | None, typer.Option(help="Makes --sample repeatable.")] = None
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer.", show_default="the model's own, or else 512")
-    ] = None
-    thinking: Annotated[
-        bool | None, typer.Option("--thinking/--no-thinking", help="For models that can think before they answer.")
-    ] = None
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")] = "auto"
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="Numbers to compute with; auto: float32 on a CPU, elsewhere as saved."),
-    ] = "auto"
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the model: a minute of waiting, then faster.")
-    ] = False
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        # argparse leaves unknown arguments to the outermost parser, which does not know the command's options.
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
+            suggestion = f" (did you mean {near[0]}?)" if near else ""
+            self.error(f"unrecognized argument {unknown[0]}{suggestion}")
+        return namespace, unknown
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}. See {self.prog} --help.\n")
 
 
-def command(*, greedy: bool, example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a command; it gets the options of [`Options`] too, as a dict of the arguments of [`engine.Engine`].
+class ShowVersion(argparse.Action):
+    """argparse's own action wants the version before anybody has asked for it, and reading it takes a while."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"{parser.prog} {version('minimind-v')}")
+        parser.exit()
+
+
+def number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Callable[[str], float]:
+    """Type of an option: an int or a float within limits, which belong to it."""
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most:
+            limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse's message names it
+    return read
+
+
+def model_name(text: str) -> str:
+    """Type of an option: a folder that exists, or what may be a repository of the Hub."""
+    if not Path(text).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        raise argparse.ArgumentTypeError(f"{text} is neither a folder nor USER/REPO of the Hub")
+    return text
+
+
+# --- Parts of several commands ---------------------------------------------------------------------------------------
+
+
+def add_command(
+    commands: Commands, run: Callable[..., int | None], usage: str, description: str, examples: str, **options: Any
+) -> Parser:
+    """Adds the parser of a command.
 
     Args:
-        greedy: What the command does if no option speaks of sampling.
-        example: For the end of its help.
+        commands: Where to add it.
+        run: Runs the command, whose name it has, on the arguments by name; returns the exit status.
+        usage: The line of arguments.
+        description: Its first sentence also stands in the list of commands.
+        examples: Command lines.
+        options: For the parser.
+
+    Returns:
+        The parser, without arguments yet.
     """
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        shared = inspect.signature(Options).parameters
-        parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "options"]
-        parameters += shared.values()
-
-        @functools.wraps(function)
-        def run(**arguments: Any) -> None:
-            options = {field.name: arguments.pop(field.name) for field in fields(Options)}
-            options.pop("debug")
-            drawn = [name for name in ("temperature", "top_p", "top_k") if options[name] is not None]
-            if options["greedy"] and drawn:
-                flag = "--" + drawn[0].replace("_", "-")
-                raise typer.BadParameter(f"--greedy draws nothing, so {flag} has no effect. Leave one of them out.")
-            model = options["model"]
-            if model and not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-                raise typer.BadParameter(f"--model {model} is neither a folder nor USER/REPO of the Hub.")
-            if options["greedy"] is None:
-                options["greedy"] = greedy and not drawn
-            function(**arguments, options=options)
-
-        run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
-        return app.command(epilog=f"\b\nExample:\n  {example}")(run)
-
-    return register
+    parser = commands.add_parser(
+        run.__name__,
+        usage=f"%(prog)s {usage}",
+        help=description.partition(".")[0],
+        description=description,
+        epilog=f"Examples:\n{examples}",
+        **options,
+    )
+    parser.add_argument("--debug", action="store_true", help="as the last argument: show the traceback of an error")
+    parser.set_defaults(run=run, parser=parser)
+    return parser
 
 
-@command(greedy=True, example='minimind-v caption photos "more/*.jpg" --output captions.jsonl --batch-size 16')
-def caption(
-    pictures: Annotated[list[str], typer.Argument(help="Files, folders, patterns such as 'photos/*.jpg', URLs.")],
-    options: dict[str, Any],
-    prompt: Annotated[str, typer.Option(help="What to ask about each picture.")] = "Describe this image.",
-    output: Annotated[
-        Path | None, typer.Option(help="File to append to, and to continue after an interruption.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures ahead.")] = 0,
-) -> None:
-    """Describe pictures: one JSON line each, with image, prompt, model and caption.
+def answer_options() -> Parser:
+    """The options of `caption`, `chat` and `compare`: the arguments of [`minimind_v.inference.engine.Engine`].
 
-    A picture that cannot be read is reported and the rest go on; the exit status is 1 then. With --output, pictures
-    that the file has already (with this prompt and model) are skipped. Captions are greedy, unless an option asks for
-    sampling.
-
-    \b
-    On several GPUs:
-      accelerate launch -m minimind_v_cli caption photos --output captions.jsonl
+    What is not given is left out, because the defaults stand there.
     """
-    from minimind_v.inference.captioning import caption_pictures, find_pictures
+    parser = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    add = parser.add_argument_group("how to answer").add_argument
+    add("--model", type=model_name, metavar="FOLDER_OR_REPO", help="checkpoint (default: the embedded model)")
+    add("--greedy", action="store_true", help="always the likeliest token")
+    add("--sample", action="store_false", dest="greedy", help="drawn tokens")
+    add("--temperature", type=number(float, 0.01), metavar="X", help="below 1 bolder, above 1 wilder (default: 0.65)")
+    add("--top-p", type=number(float, 0, 1), metavar="X", help="draw from the likeliest of this share (default: 0.85)")
+    add("--top-k", type=number(int, 1), metavar="N", help="draw from so many likeliest tokens (default: 50)")
+    add("--repetition-penalty", type=number(float, 0.01), metavar="X", help="above 1, repetition becomes rarer")
+    add(
+        "--max-new-tokens", type=number(int, 1), metavar="N", help="longest answer (default: the model's, or else 512)"
+    )
+    add("--seed", type=int, metavar="N", help="makes --sample repeatable")
+    add("--thinking", action=argparse.BooleanOptionalAction, help="for models that can think before they answer")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    add(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="numbers to compute with; auto: float32 on a CPU, elsewhere as saved",
+    )
+    add("--compile", action="store_true", help="compile the model: a minute of waiting, then faster")
+    return parser
+
+
+def with_sampling(options: dict[str, Any], greedy: bool) -> dict[str, Any]:
+    """The answer options with `greedy`: as given, else false if another option speaks of sampling, else the default.
+
+    Raises:
+        argparse.ArgumentError: The options contradict each other.
+    """
+    drawn = [name for name in ("temperature", "top_p", "top_k") if name in options]
+    if options.get("greedy") and drawn:
+        option = "--" + drawn[0].replace("_", "-")
+        raise argparse.ArgumentError(None, f"--greedy draws nothing, so {option} has no effect: leave out one of them")
+    return {"greedy": greedy and not drawn} | options
+
+
+# --- caption, chat, compare ------------------------------------------------------------------------------------------
+
+
+def add_caption(commands: Commands, answers: Parser) -> None:
+    parser = add_command(
+        commands,
+        caption,
+        usage="IMAGE [IMAGE ...] [options]",
+        description="""\
+Describe pictures. One JSON line each, with image, prompt, model and caption.
+
+A picture that cannot be read is reported and the rest go on; the exit status
+is 1 then. With --output, pictures that the file has already (with this prompt
+and model) are skipped. Captions are greedy, unless an option asks for sampling.""",
+        examples="""\
+  minimind-v caption photos "more/*.jpg" --output captions.jsonl --batch-size 16
+  accelerate launch -m minimind_v_cli caption photos --output captions.jsonl  # several GPUs""",
+        parents=[answers],
+    )
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="files, folders, patterns such as 'photos/*.jpg', URLs"
+    )
+    parser.add_argument("--prompt", default="Describe this image.", help="what to ask (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="file to append to, and to continue after an interruption"
+    )
+    parser.add_argument(
+        "--batch-size", type=number(int, 1), metavar="N", default=8, help="pictures at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=number(int, 0),
+        metavar="N",
+        default=0,
+        help="processes that read pictures ahead (default: %(default)s)",
+    )
+
+
+def caption(images: list[str], prompt: str, output: Path | None, batch_size: int, workers: int, **options: Any) -> int:
+    options = with_sampling(options, greedy=True)
+    from minimind_v.inference.captioning import caption_images, find_images
 
     try:
-        broken = caption_pictures(find_pictures(pictures), prompt, output, batch_size, workers, options)
+        return 1 if caption_images(find_images(images), prompt, output, batch_size, workers, options) else 0
     except KeyboardInterrupt:
         advice = f" The same command goes on where {output} ends." if output else ""
-        typer.echo(f"\nInterrupted.{advice}", err=True)
-        raise typer.Exit(130) from None
-    raise typer.Exit(1 if broken else 0)
+        print(f"\nInterrupted.{advice}", file=sys.stderr)
+        return 130
 
 
-@command(greedy=False, example="minimind-v chat --image examples/images/apple.png")
-def chat(
-    options: dict[str, Any],
-    image: Annotated[list[str] | None, typer.Option(help="Picture for the first question; may be repeated.")] = None,
-) -> None:
-    """Talk about pictures in the terminal.
+def add_chat(commands: Commands, answers: Parser) -> None:
+    parser = add_command(
+        commands,
+        chat,
+        usage="[options]",
+        description="""\
+Talk about pictures in the terminal.
 
-    /image PATH adds a picture to the next question, /reset begins anew, /help, /exit. Answers are sampled, unless
-    --greedy is given.
-    """
+/image PATH adds a picture to the next question, /reset begins anew, /help,
+/exit. Answers are sampled, unless --greedy is given.""",
+        examples="  minimind-v chat --image examples/images/apple.png",
+        parents=[answers],
+    )
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        dest="images",
+        metavar="IMAGE",
+        help="picture for the first question; may be repeated",
+    )
+
+
+def chat(images: list[str], **options: Any) -> None:
+    options = with_sampling(options, greedy=False)
     from minimind_v.inference.chatting import talk
 
-    talk(image or [], options)
+    talk(images, options)
 
 
-@command(greedy=True, example="minimind-v compare examples/images/apple.png examples/images/pizza.png")
-def compare(
-    a: Annotated[str, typer.Argument(help="First picture: file or URL.")],
-    b: Annotated[str, typer.Argument(help="Second picture.")],
-    options: dict[str, Any],
-    prompt: Annotated[str, typer.Option(help="What to ask about the two.")] = "What do these two images show?",
-) -> None:
-    """Ask one question about two pictures. (The embedded model was trained on single ones.)"""
+def add_compare(commands: Commands, answers: Parser) -> None:
+    parser = add_command(
+        commands,
+        compare,
+        usage="IMAGE IMAGE [options]",
+        description="Ask one question about two pictures. (The embedded model was trained on single ones.)",
+        examples="  minimind-v compare examples/images/apple.png examples/images/pizza.png",
+        parents=[answers],
+    )
+    parser.add_argument("images", nargs=2, metavar="IMAGE", help="file or URL")
+    parser.add_argument(
+        "--prompt", default="What do these two images show?", help="what to ask (default: %(default)s)"
+    )
+
+
+def compare(images: list[str], prompt: str, **options: Any) -> None:
+    options = with_sampling(options, greedy=True)
     from minimind_v.inference.chatting import ask_once
 
-    ask_once([a, b], prompt, options)
+    ask_once(images, prompt, options)
 
 
-def add_tool(name: str, summary: str, target: str, *first: str) -> None:
-    """Registers another tool of this repository, a module or a script, which reads its options itself."""
-    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-
-    @app.command(name, help=summary, context_settings=settings)
-    def run(context: typer.Context) -> None:
-        sys.argv[1:] = [*first, *context.args]
-        if target.endswith(".py"):
-            script = Path(find_spec("minimind_v").origin).with_name(target)
-            sys.path.insert(0, str(script.parent))  # as Python does for a script
-            runpy.run_path(str(script), run_name="__main__")
-        else:
-            runpy.run_module(target, run_name="__main__", alter_sys=True)
+# --- check, train ----------------------------------------------------------------------------------------------------
 
 
-add_tool("convert", "Turn a checkpoint of the original project into one of this package.", "minimind_v.conversion")
-add_tool("train", "Train on your own pictures.", "minimind_v.training", "train")
-add_tool("check", "Look at training data before training.", "minimind_v.training", "check")
-add_tool("upload", "Publish a checkpoint on the Hub.", "hub_upload.py")
+def add_check(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        check,
+        usage="DATA [options]",
+        description="""\
+Look at training data before training.
+
+Shows how many rows there are and how long, which are broken (the exit status
+is 1 then), and which tokens are trained on.""",
+        examples="  minimind-v check examples/images --html check.html",
+    )
+    parser.add_argument("data", metavar="DATA", help=".jsonl or .parquet file, or folder of pictures")
+    parser.add_argument(
+        "--model",
+        type=model_name,
+        metavar="FOLDER_OR_REPO",
+        help="checkpoint whose processor is used (default: the embedded model)",
+    )
+    parser.add_argument("--max-length", type=number(int, 1), metavar="TOKENS", help="as for training")
+    parser.add_argument(
+        "--preview", type=number(int, 0), metavar="ROWS", default=3, help="rows to show in full (default: %(default)s)"
+    )
+    parser.add_argument("--html", dest="html_file", metavar="FILE", help="page to write, with pictures")
+    parser.add_argument(
+        "--workers",
+        type=number(int, 0),
+        metavar="N",
+        default=0,
+        help="processes that read rows (default: %(default)s)",
+    )
 
 
-def main() -> None:
-    """Runs the command line; errors are one line, with --debug a traceback."""
+def check(data: str, model: str | None, **options: Any) -> int:
+    from minimind_v import EMBEDDED_MODEL
+    from minimind_v.training.check import show
+
+    return 1 if show(data, model=model or EMBEDDED_MODEL, **options) else 0
+
+
+def add_train(commands: Commands) -> None:
+    """For its help only: training reads its options itself, as fields of a dataclass, see [`parse`]."""
+    parser = add_command(
+        commands,
+        train,
+        usage="--model CHECKPOINT --data DATA [options]",
+        description="""\
+Train on your own pictures.
+
+All options of transformers' TrainingArguments work; the ones used most are
+below, minimind-v train --help-all lists every one.""",
+        examples="""\
+  minimind-v train --model checkpoints/minimind-v-emoji --data examples/images \\
+      --output-dir my-model --num-train-epochs 30 --learning-rate 1e-3
+  accelerate launch -m minimind_v_cli train --model ...  # several GPUs""",
+    )
+    parser.add_argument("--help-all", action="store_true", help="list every option")
+    own = parser.add_argument_group("this package's options").add_argument
+    own("--model", metavar="CHECKPOINT", help="folder or Hub repository to start from")
+    own("--data", help="training data: .jsonl, .parquet, or a folder of pictures with metadata.jsonl")
+    own("--eval-data", metavar="DATA", help="held-out data: its loss, and answers in samples.jsonl, after every epoch")
+    own("--eval-fraction", metavar="0.1", help="instead of --eval-data: share of the data to hold out")
+    own("--num-samples", metavar="4", help="held-out rows that are answered at every evaluation")
+    own("--stage", metavar="{pretrain,sft}", help="train the projector only, or projector and decoder (default: sft)")
+    own("--freeze-llm", metavar="{0,1,2}", help="of sft: all of the decoder, its first and last layer, none of it")
+    own("--lora-rank", metavar="8", help="of sft: low-rank adapters in the decoder, merged into it at the end")
+    own("--max-length", metavar="TOKENS", help="longer rows are left out whole (default: the model's positions)")
+    own(
+        "--packing", metavar="true", help="the rows of a batch in one, without padding, with the loss of separate ones"
+    )
+    own(
+        "--cache-image-features", metavar="DIR", help="the tower sees each picture once; later epochs read this folder"
+    )
+    own("--check-data", metavar="false", help="do not read every row before the first step")
+    own("--on-broken", metavar="skip", help="leave broken rows out, instead of listing them and stopping")
+    library = parser.add_argument_group("options of transformers' TrainingArguments").add_argument
+    library("--output-dir", metavar="DIR", help="folder of checkpoints and the result (default: minimind-v-output)")
+    library("--num-train-epochs", metavar="3", help="how often every row is seen")
+    library("--max-steps", metavar="STEPS", help="instead of epochs")
+    library("--learning-rate", metavar="1e-4", help="default: 4e-4 for pretrain, 5e-6 for sft, 2e-4 with --lora-rank")
+    library("--per-device-train-batch-size", metavar="16", help="rows per step and device")
+    library("--gradient-accumulation-steps", metavar="1", help="steps whose gradients make one update")
+    library("--bf16", metavar="true", help="train in bfloat16, on GPUs that have it")
+    library("--gradient-checkpointing", metavar="true", help="less memory, slower")
+    library("--dataloader-num-workers", metavar="4", help="processes that read rows")
+    library("--save-steps", metavar="500", help="steps between two checkpoints")
+    library("--logging-steps", metavar="10", help="steps between two lines of the log")
+    library("--resume-from-checkpoint", metavar="latest", help="go on after Ctrl-C or a crash, bit for bit the same")
+    library("--report-to", metavar="tensorboard", help="or any other of the library's loggers")
+    library("--seed", metavar="42", help="of order and dropout")
+
+
+def train(argv: list[str]) -> None:
+    from minimind_v.training.train import main
+
+    main(["--help"] if "--help-all" in argv else argv)
+
+
+# --- convert, upload -------------------------------------------------------------------------------------------------
+
+
+def add_convert(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        convert,
+        usage="CHECKPOINT OUTPUT [options]",
+        description="Turn a checkpoint of the original MiniMind-V into one that transformers loads, exactly.",
+        examples="""\
+  MiniMind-3V, weights only (the tower and the tokenizer come from the original's model folder):
+    minimind-v convert sft_vlm_768.pth minimind-3v \\
+        --vision-encoder siglip2-base-p32-256-ve --tokenizer minimind-v/model
+  a folder in the original's transformers format:
+    minimind-v convert MiniMind-3V minimind-3v --vision-encoder siglip2-base-p32-256-ve
+  MiniMind2-V (26M), early or late:
+    minimind-v convert sft_vlm_512.pth minimind2-v \\
+        --vision-encoder clip-vit-base-patch16 --tokenizer minimind-v/model
+  a text-only MiniMind, to begin training a vision-language model:
+    minimind-v convert llm_768.pth start --vision-encoder siglip2-base-p32-256-ve --tokenizer model""",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".pth file, or folder or Hub repository")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to write")
+    parser.add_argument(
+        "--vision-encoder", metavar="FOLDER_OR_REPO", help="CLIP or SigLIP tower, if the checkpoint has none"
+    )
+    parser.add_argument("--tokenizer", metavar="FOLDER_OR_REPO", help="where the original's tokenizer.json is")
+    parser.add_argument(
+        "--config",
+        dest="original_config",
+        metavar="JSON",
+        help="the original constructor's arguments (default: as released)",
+    )
+    parser.add_argument("--release", help="of the original (default: recognised from the tensors)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: kept as it is")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output folder that is not empty")
+
+
+def convert(checkpoint: str, output: str, dtype: str | None, **options: Any) -> None:
+    import torch
+
+    from minimind_v.conversion import convert_checkpoint
+
+    print(convert_checkpoint(checkpoint, output, dtype=getattr(torch, dtype) if dtype else None, **options))
+
+
+def add_upload(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        upload,
+        usage="CHECKPOINT USER/REPO [options]",
+        description="""\
+Publish a checkpoint on the Hub. Assembles a folder, verifies it in a fresh
+process, and uploads it if it passes.
+
+The token is the one of `hf auth login`, or HF_TOKEN.""",
+        examples="""\
+  minimind-v upload my-model USER/REPO --dry-run
+  minimind-v upload my-model USER/REPO""",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint")
+    parser.add_argument("repo_id", metavar="USER/REPO", help="repository on the Hub, made where there is none")
+    parser.add_argument("--private", action="store_true", help="make the repository private")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to write to, made where there is none")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of changing main")
+    parser.add_argument("--tag", help="name for the new commit, such as v1")
+    parser.add_argument("--message", help="first line of the commit")
+    parser.add_argument("--license", help="licence of the weights, such as apache-2.0 (default: the card's)")
+    parser.add_argument("--dry-run", action="store_true", help="do all but the network, and print what would be sent")
+    parser.add_argument("--output", metavar="DIR", help="folder to assemble (default: CHECKPOINT-hub)")
+
+
+def upload(checkpoint: str, repo_id: str, **options: Any) -> int:
+    from minimind_v.publishing import publish
+
+    try:
+        return 0 if publish(checkpoint, repo_id, **options) else 1
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on: what has arrived is not sent again.", file=sys.stderr)
+        return 1
+
+
+# --- All commands ----------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="minimind-v",
+        usage="%(prog)s COMMAND ...",
+        description="MiniMind-V, a small vision-language model: "
+        "describe pictures, talk about them, train, convert, publish.",
+        epilog="Examples:\n  minimind-v caption examples/images",
+    )
+    parser.add_argument(
+        "--version", action=ShowVersion, nargs=0, default=argparse.SUPPRESS, help="show the version and exit"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog=parser.prog, required=True)
+    answers = answer_options()
+    for add in (add_caption, add_chat, add_compare):
+        add(commands, answers)
+    for add in (add_check, add_train, add_convert, add_upload):
+        add(commands)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> dict[str, Any]:
+    """The arguments by name, among them `run`, the function for the others, its `parser`, and `debug`."""
+    if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv):
+        # All is left to training's own parser, but for a --debug in the end: the one of TrainingArguments has a value
+        debug = argv[-1] == "--debug"
+        return {"run": train, "parser": None, "debug": debug, "argv": argv[1:-1] if debug else argv[1:]}
+    return vars(build_parser().parse_args(argv or ["--help"]))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        argv: What stands after `minimind-v`; left out, the arguments of this process.
+
+    Raises:
+        SystemExit: With status 2 and one line for a mistyped command line, with the line for another error (unless
+            `--debug` shows its traceback), and with the status of a command that ends with one.
+    """
     # Chinese also where the terminal or the pipe is not UTF-8, and file names of any bytes
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    run, parser, debug = (arguments.pop(name) for name in ("run", "parser", "debug"))
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="minimind-v", standalone_mode=False))
-    except UsageError as error:
-        print(f"error: {error.format_message().rstrip('.')}. See {error.ctx.command_path} --help.", file=sys.stderr)
-        sys.exit(2)
-    except typer.Abort:  # Ctrl-C
+        status = run(**arguments)
+    except argparse.ArgumentError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if "--debug" in sys.argv:
+        if debug:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
-        sys.exit(f"error: {message} (--debug shows where.)")
+        sys.exit(f"error: {message} (--debug at the end shows where.)")
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

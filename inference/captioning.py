@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -24,10 +25,11 @@ from .engine import Engine, encode, note, question, report_speed, start_process
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
 ADDRESSES = ("http://", "https://", "data:")
 FIELDS = ("image", "prompt", "model", "caption")
+Record = dict[str, str]  # of these fields: one line of the output
 
 
-def find_pictures(names: Iterable[str]) -> list[str]:
-    """All pictures that are meant, in order and once each: a folder is searched, subfolders too, a pattern filled in.
+def find_images(names: Iterable[str]) -> list[str]:
+    """All images that are meant, in order and once each: a folder is searched, subfolders too, a pattern filled in.
 
     A name that is neither stays as it is: a file, a URL, or a mistake that reading it will show.
 
@@ -36,7 +38,7 @@ def find_pictures(names: Iterable[str]) -> list[str]:
     """
     Image.init()
     endings = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
-    pictures: list[str] = []
+    images: list[str] = []
     for name in names:
         found = [name]
         if os.path.isdir(name):
@@ -46,14 +48,14 @@ def find_pictures(names: Iterable[str]) -> list[str]:
             found = sorted(glob.glob(os.path.expanduser(name), recursive=True))
         if not found:
             raise FileNotFoundError(f"No pictures were found for {name}. Name files, folders, patterns or URLs.")
-        pictures += found
-    return list(dict.fromkeys(pictures))
+        images += found
+    return list(dict.fromkeys(images))
 
 
 def read_batch(
     names: list[str], processor: Any, prompt: str, template_options: dict[str, Any]
 ) -> tuple[list[str], BatchFeature | None, list[str]]:
-    """Names of the pictures that can be read, their model inputs, and what is wrong with the others."""
+    """Names of the images that can be read, their model inputs, and what is wrong with the others."""
     good, chats, errors = [], [], []
     for name in names:
         try:
@@ -64,7 +66,7 @@ def read_batch(
     return good, encode(processor, chats, template_options) if chats else None, errors
 
 
-def read_records(path: Path) -> list[dict[str, str]]:
+def read_records(path: Path) -> list[Record]:
     """The lines of a file of captions; a last line whose writing was cut off is removed from it.
 
     Raises:
@@ -87,14 +89,14 @@ def read_records(path: Path) -> list[dict[str, str]]:
     return records
 
 
-def merge(output: Path, pictures: list[str]) -> list[dict[str, str]]:
+def merge(output: Path, images: list[str]) -> list[Record]:
     """Moves what several processes have written, also before an interruption, into the output, in input order."""
     records = read_records(output)
     parts = sorted(output.parent.glob(f"{glob.escape(output.name)}.part-*"))
     if parts:
         records += [record for part in parts for record in read_records(part)]
         records = list({key(record): record for record in records}.values())
-        order = {picture: number for number, picture in enumerate(pictures)}
+        order = {image: number for number, image in enumerate(images)}
         records.sort(key=lambda record: order.get(record["image"], -1))
         complete = output.with_name(f"{output.name}.merging")
         complete.write_text("".join(map(to_line, records)), **TEXT)
@@ -104,25 +106,39 @@ def merge(output: Path, pictures: list[str]) -> list[dict[str, str]]:
     return records
 
 
-def key(record: dict[str, str]) -> tuple[str, ...]:
+def key(record: Record) -> tuple[str, ...]:
     return record["image"], record["prompt"], record["model"]
 
 
-def to_line(record: dict[str, str]) -> str:
+def to_line(record: Record) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
+def skip_captioned(images: list[str], prompt: str, model: str, output: Path, state: PartialState) -> list[str]:
+    """The images that the output does not have yet, with this prompt and model; the same ones in every process."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        merge(output, images)
+    state.wait_for_everyone()
+    done = {key(record) for record in read_records(output)}
+    left = [image for image in images if (image, prompt, model) not in done]
+    if len(left) < len(images) and state.is_main_process:
+        note(f"{len(images) - len(left)} of {len(images)} pictures are in {output} already.")
+    return left
+
+
 def caption_batches(
-    engine: Engine, pictures: list[str], prompt: str, batch_size: int, workers: int = 0
-) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """Captions of the pictures of one batch after the other, and what is wrong with those that cannot be read."""
+    engine: Engine, images: list[str], prompt: str, model: str, batch_size: int = 8, workers: int = 0
+) -> Iterator[tuple[list[Record], list[str]]]:
+    """Records of one batch of images after the other, and what is wrong with those that cannot be read."""
     encode(engine.processor, [[question([], prompt)]], engine.template_options)  # a bad prompt fails here, clearly
     read = functools.partial(
         read_batch, processor=engine.processor, prompt=prompt, template_options=engine.template_options
     )
-    loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=read, worker_init_fn=ignore_interruption)
+    loader = DataLoader(images, batch_size, num_workers=workers, collate_fn=read, worker_init_fn=ignore_interruption)
     for names, inputs, errors in loader:
-        yield dict(zip(names, engine.answer(inputs), strict=True)) if names else {}, errors
+        captions = zip(names, engine.answer(inputs), strict=True) if names else ()
+        yield [dict(zip(FIELDS, (name, prompt, model, text), strict=True)) for name, text in captions], errors
 
 
 def ignore_interruption(_worker: int) -> None:
@@ -130,29 +146,47 @@ def ignore_interruption(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def caption_pictures(
-    pictures: list[str],
+def write_batches(batches: Iterable[tuple[list[Record], list[str]]], output: Path | None, bar: tqdm) -> int:
+    """Appends the records to `output`, or else prints them; the errors go to stderr.
+
+    Returns:
+        Number of errors.
+    """
+    broken = 0
+    with bar, open(output, "a", **TEXT) if output else contextlib.nullcontext(sys.stdout) as file:
+        for records, errors in batches:
+            file.writelines(map(to_line, records))
+            file.flush()  # so that an interruption loses no more than a batch
+            for error in errors:
+                bar.write(f"error: {error}", file=sys.stderr)
+            broken += len(errors)
+            bar.update(len(records) + len(errors))
+    return broken
+
+
+def caption_images(
+    images: list[str],
     prompt: str,
     output: Path | None = None,
     batch_size: int = 8,
     workers: int = 0,
     options: dict[str, Any] | None = None,
 ) -> int:
-    """Writes one JSON line per picture, to `output` or else to stdout; reports pictures that cannot be read on stderr.
+    """Writes one JSON line per image, to `output` or else to stdout; reports images that cannot be read on stderr.
 
     Under `accelerate launch`, every process takes its share and writes a file of its own; at the end they become one,
-    in the order of `pictures`.
+    in the order of `images`.
 
     Args:
-        pictures: Paths or URLs.
+        images: Paths or URLs.
         prompt: What to ask about each.
         output: What it has already, of this prompt and model, is skipped.
-        batch_size: Pictures per call of the model.
-        workers: Processes that read pictures ahead.
+        batch_size: Images per call of the model.
+        workers: Processes that read images ahead.
         options: Of [`Engine`].
 
     Returns:
-        Number of pictures that could not be read, in all processes.
+        Number of images that could not be read, in all processes.
 
     Raises:
         ValueError: The output is not a file of captions, or there are several processes and no output.
@@ -160,40 +194,24 @@ def caption_pictures(
     options = options or {}
     state = start_process(options.get("device", "auto"))
     several, model = state.num_processes > 1, options.get("model") or EMBEDDED_MODEL.name
-    left = pictures
-    if output is None and several:
+    if several and output is None:
         raise ValueError("Several processes cannot share the terminal. Name a file with --output.")
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if state.is_main_process:
-            merge(output, pictures)
-        state.wait_for_everyone()
-        done = {key(record) for record in read_records(output)}
-        left = [picture for picture in pictures if (picture, prompt, model) not in done]
-        if len(left) < len(pictures) and state.is_main_process:
-            note(f"{len(pictures) - len(left)} of {len(pictures)} pictures are in {output} already.")
+    left = skip_captioned(images, prompt, model, output, state) if output else images
 
-    broken, part = 0, output.with_name(f"{output.name}.part-{state.process_index}") if several else output
-    # A bar would stand between the lines of a terminal; `None` hides it where stderr is none.
-    hidden = None if len(left) > batch_size and (output or not sys.stdout.isatty()) else True
-    with state.split_between_processes(left) as mine:
-        engine = Engine(**options) if mine else None
-    with (
-        open(part, "a", **TEXT) if part else contextlib.nullcontext(sys.stdout) as file,
-        tqdm(total=len(mine), unit="picture", disable=hidden if state.is_local_main_process else True) as bar,
-    ):
-        for captions, errors in caption_batches(engine, mine, prompt, batch_size, workers) if engine else ():
-            for picture, text in captions.items():
-                file.write(to_line(dict(zip(FIELDS, (picture, prompt, model, text), strict=True))))
-            file.flush()  # so that an interruption loses no more than a batch
-            for error in errors:
-                bar.write(f"error: {error}", file=sys.stderr)
-            broken += len(errors)
-            bar.update(len(captions) + len(errors))
-    counts = gather_object([(broken, engine.tokens, engine.seconds) if engine else (0, 0, 0.0)])
-    broken, tokens, seconds = zip(*counts, strict=True)
+    counts = (0, 0, 0.0)  # broken images, tokens, seconds of this process
+    with state.split_between_processes(left) as share:
+        if share:
+            engine = Engine(**options)
+            # A bar would stand between the lines of a terminal; `None` hides it where stderr is none.
+            has_room = len(left) > batch_size and (output or not sys.stdout.isatty()) and state.is_local_main_process
+            bar = tqdm(total=len(share), unit="picture", disable=None if has_room else True)
+            batches = caption_batches(engine, share, prompt, model, batch_size, workers)
+            part = output.with_name(f"{output.name}.part-{state.process_index}") if several else output
+            counts = write_batches(batches, part, bar), engine.tokens, engine.seconds
+
+    broken, tokens, seconds = zip(*gather_object([counts]), strict=True)
     if several and state.is_main_process:
-        merge(output, pictures)
+        merge(output, images)
     if state.is_main_process and any(tokens):
         report_speed(sum(tokens), max(seconds))
     state.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""A conversation in the terminal, and single questions about several pictures."""
+"""A conversation in the terminal, and single questions about several images."""
 
 import contextlib
 import os
@@ -15,9 +15,15 @@ HELP = """\
 /exit         end (or Ctrl-D); Ctrl-C stops an answer"""
 
 
-def ask_once(pictures: list[str], text: str, options: dict[str, Any]) -> None:
-    """Prints the answer to one question about some pictures."""
-    chat = [question([load_image(picture) for picture in pictures], text)]
+def ask_once(images: list[str], text: str, options: dict[str, Any]) -> None:
+    """Prints the answer to one question about some images.
+
+    Args:
+        images: Paths or URLs.
+        text: The question.
+        options: Of [`Engine`].
+    """
+    chat = [question([load_image(image) for image in images], text)]
     engine = Engine(**options)
     engine.answer(encode(engine.processor, [chat], engine.template_options), stream=True)
     report_speed(engine.tokens, engine.seconds)
@@ -27,7 +33,7 @@ def talk(images: list[str], options: dict[str, Any]) -> None:
     """Asks for questions until the end of the input; answers are printed as they come.
 
     Args:
-        images: Pictures for the first question.
+        images: Paths or URLs, for the first question.
         options: Of [`Engine`].
     """
     with contextlib.suppress(ImportError):

@@ -1,12 +1,12 @@
-"""A checkpoint that answers: what `caption`, `chat` and `compare` share."""
+"""A checkpoint that answers: what `caption`, `chat`, `compare` and a demo share."""
 
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from accelerate import PartialState
 from torch import nn
 from transformers import (
@@ -29,7 +29,7 @@ DEFAULT_MAX_NEW_TOKENS = 512  # the original's
 
 def note(text: str) -> None:
     """What is not the result itself goes to stderr, dimmed in a terminal."""
-    typer.secho(text, dim=True, err=True)
+    print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr)
 
 
 def report_speed(tokens: int, seconds: float) -> None:
@@ -38,6 +38,9 @@ def report_speed(tokens: int, seconds: float) -> None:
 
 def start_process(device: str) -> PartialState:
     """This process, one of several under `accelerate launch`, and its device.
+
+    Args:
+        device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.
 
     Raises:
         ValueError: This machine has no such device.
@@ -50,8 +53,8 @@ def start_process(device: str) -> PartialState:
     return PartialState(cpu=on_cpu, timeout=timedelta(days=30))
 
 
-def store_by_column(model: PreTrainedModel) -> None:
-    """Stores the weights of the decoder's linear layers column by column in memory; values and shapes stay.
+def store_column_major(model: PreTrainedModel) -> None:
+    """Stores the weights of the decoder's linear layers column-major in memory; values and shapes stay.
 
     A CPU then decodes one row of float32 about 1.3 times as fast, because PyTorch's matrix product (MKL) reads such
     weights faster for a single row; many rows take about as long (benchmarks/README.md).
@@ -61,18 +64,57 @@ def store_by_column(model: PreTrainedModel) -> None:
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
+def load_model(source: str | Path, device: torch.device, dtype: str = "auto") -> PreTrainedModel:
+    """A vision-language checkpoint of this package, ready to answer.
+
+    Args:
+        source: Checkpoint folder or Hub repository.
+        device: Where to compute.
+        dtype: Name of a torch dtype; `"auto"` is float32 on a CPU and elsewhere the checkpoint's.
+
+    Raises:
+        ValueError: It is another kind of model.
+        OSError: There is no such checkpoint.
+    """
+    kind = AutoConfig.from_pretrained(source).model_type
+    if kind != "minimind_v":
+        raise ValueError(f"{source} is a {kind} model, not a vision-language one of this package (minimind_v).")
+    on_cpu = device.type == "cpu"
+    if dtype == "auto" and on_cpu:
+        dtype = "float32"
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(device).eval()
+    if on_cpu and model.dtype == torch.float32:
+        store_column_major(model)
+    return model
+
+
+def describe(model: PreTrainedModel) -> str:
+    """Numbers of parameters, device and dtype of a model, in a line."""
+    parts = count_parameters(model)
+    total = sum(count for part, count in parts.items() if part != "active")
+    details = ", ".join(f"{part} {count / 1e6:.2f}M" for part, count in parts.items())
+    return f"{total / 1e6:.2f}M parameters ({details}), {model.device}, {str(model.dtype).removeprefix('torch.')}"
+
+
 class Engine:
     """Model, processor and generation settings.
 
     Args:
         model: Checkpoint folder or Hub repository; left out, the embedded one.
-        greedy, temperature, top_p, top_k, repetition_penalty, max_new_tokens: As for `generate`. Left out, the
-            original's: temperature 0.65, top-p 0.85, 512 new tokens if the checkpoint names no number itself.
+        greedy: Always the likeliest token, instead of drawn ones.
+        temperature, top_p, top_k: For drawn ones, as for `generate`; the defaults are the original's.
+        repetition_penalty: As for `generate`; left out, the checkpoint's.
+        max_new_tokens: Longest answer; left out, the checkpoint's, or else the original's 512.
         seed: For sampling.
         thinking: Value for the chat template's switch; left out, the template's default.
         device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.
-        dtype: Name of a torch dtype; `"auto"` is float32 on a CPU and elsewhere the checkpoint's.
+        dtype: As for [`load_model`].
         compile: Static cache and compiled steps.
+
+    Attributes:
+        model, processor, device: What answers.
+        template_options: What the chat template is told besides the chat.
+        tokens, seconds: Of all answers so far.
 
     Raises:
         ValueError: Not a vision-language checkpoint of this package, no such device, or no switch for thinking.
@@ -81,12 +123,12 @@ class Engine:
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | Path | None = None,
         *,
         greedy: bool = False,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
+        temperature: float = 0.65,
+        top_p: float = 0.85,
+        top_k: int = 50,
         repetition_penalty: float | None = None,
         max_new_tokens: int | None = None,
         seed: int | None = None,
@@ -96,49 +138,42 @@ class Engine:
         compile: bool = False,
     ) -> None:
         logging.disable_progress_bar()
-        state = start_process(device)
+        source, state = model or EMBEDDED_MODEL, start_process(device)
         self.device = state.device
-        if dtype == "auto" and self.device.type == "cpu":
-            dtype = "float32"
-        source = model or EMBEDDED_MODEL
-        kind = AutoConfig.from_pretrained(source).model_type
-        if kind != "minimind_v":
-            raise ValueError(f"{source} is a {kind} model, not a vision-language one of this package (minimind_v).")
-        self.model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(self.device).eval()
-        if self.device.type == "cpu" and self.model.dtype == torch.float32:
-            store_by_column(self.model)
+        self.model = load_model(source, self.device, dtype)
         self.processor = AutoProcessor.from_pretrained(source)
+        self.tokens, self.seconds = 0, 0.0
 
         config = self.model.generation_config
         config.do_sample = not greedy
-        config.temperature = None if greedy else temperature or 0.65
-        config.top_p = None if greedy else 0.85 if top_p is None else top_p
-        config.top_k = None if greedy else top_k or 50
+        config.temperature, config.top_p, config.top_k = (None, None, None) if greedy else (temperature, top_p, top_k)
         config.repetition_penalty = repetition_penalty or config.repetition_penalty
         config.max_new_tokens = max_new_tokens or config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         if seed is not None:
             set_seed(seed)
+        if compile:
+            config.cache_implementation = "static"  # with it, generate() compiles its steps by itself,
+            config.compile_config = CompileConfig()
+            config.compile_config._compile_all_devices = True  # which the library does not do on a CPU unless told
 
         # MiniMind-3 has one name for it, MiniMind2 the other.
         switches = [n for n in ("open_thinking", "enable_thinking") if n in (self.processor.chat_template or "")]
         if thinking is not None and not switches:
             raise ValueError(f"{source} has no switch for thinking in its chat template. Leave out --(no-)thinking.")
         self.template_options = {} if thinking is None else dict.fromkeys(switches, thinking)
-
-        if compile:
-            config.cache_implementation = "static"  # with it, generate() compiles its steps by itself,
-            config.compile_config = CompileConfig()
-            config.compile_config._compile_all_devices = True  # which the library does not do on a CPU unless told
-        self.tokens, self.seconds = 0, 0.0  # of all answers
-        parts = count_parameters(self.model)
-        total = sum(count for part, count in parts.items() if part != "active")
-        details = ", ".join(f"{part} {count / 1e6:.2f}M" for part, count in parts.items())
-        name, computes = Path(source).resolve().name, str(self.model.dtype).removeprefix("torch.")
         if state.is_main_process:
-            note(f"{name}: {total / 1e6:.2f}M parameters ({details}), {self.device}, {computes}")
+            note(f"{Path(source).resolve().name}: {describe(self.model)}")
 
     def answer(self, inputs: BatchFeature, stream: bool = False) -> list[str]:
-        """Answers a left-padded batch of chats, as [`encode`] makes it; with `stream`, one, printed as it comes."""
+        """Answers a left-padded batch of chats, as [`encode`] makes it.
+
+        Args:
+            inputs: Model inputs, `input_ids` of shape `[rows, length]`.
+            stream: Print the answer, of one row only, as it comes.
+
+        Returns:
+            One answer per row.
+        """
         length = inputs["input_ids"].shape[1]
         positions = self.model.config.text_config.max_position_embeddings
         longest = max(1, min(self.model.generation_config.max_new_tokens, positions - length))
@@ -154,7 +189,16 @@ class Engine:
 
 
 def encode(processor: Any, chats: list[list[dict]], template_options: dict[str, Any] | None = None) -> BatchFeature:
-    """Chats to a left-padded batch of model inputs."""
+    """Chats to a left-padded batch of model inputs.
+
+    Args:
+        processor: The checkpoint's.
+        chats: Each a list of messages.
+        template_options: What the chat template is told besides, such as [`Engine`]'s.
+
+    Raises:
+        ValueError: A chat holds control tokens as text, or an image that cannot be read.
+    """
     return processor.apply_chat_template(
         chats,
         add_generation_prompt=True,
@@ -166,7 +210,7 @@ def encode(processor: Any, chats: list[list[dict]], template_options: dict[str, 
     )
 
 
-def question(pictures: list[Any], text: str) -> dict[str, Any]:
-    """A user's message: pictures, then text."""
-    content = [{"type": "image", "image": picture} for picture in pictures]
+def question(images: list[Any], text: str) -> dict[str, Any]:
+    """A user's message: images, then text."""
+    content = [{"type": "image", "image": image} for image in images]
     return {"role": "user", "content": [*content, {"type": "text", "text": text}]}

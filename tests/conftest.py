@@ -25,7 +25,8 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>\n{% endgeneration %}"
     "{% elif message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
     "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|image_pad|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% if part['type'] == 'image' %}<|image_pad|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TOWERS = {

@@ -289,15 +289,15 @@ def test_assistant_mask_covers_the_answers_only(processor):
     "text, images, message",
     [
         (["<|image_pad|>"], None, "Found 1 .*tokens in the text but no images were passed"),
-        (["no placeholder"], [[picture()]], "Found total 0 .* tokens in the prompts and 1 images"),
+        (["no placeholder"], [[picture()]], "Found total 0 .* tokens and 1 images"),
         (["<|image_pad|>", "<|image_pad|>"], [[picture(), picture()], []], r"they are \[1, 1\] and \[2, 0\]"),
         (
             ["<|image_pad|>", "", "<|image_pad|>"],
             [[picture()], [], [picture()], []],
             r"\[1, 0, 1\] and \[1, 0, 1, 0\]",
         ),
-        (["<|image_pad|>" * 2, "a"], [picture()] * 3, "Found total 2 .* tokens in the prompts and 3 images"),
-        (["<|image_pad|>"], [[picture()], [picture()]], "Found total 1 .* tokens in the prompts and 2 images"),
+        (["<|image_pad|>" * 2, "a"], [picture()] * 3, "Found total 2 .* tokens and 3 images"),
+        (["<|image_pad|>"], [[picture()], [picture()]], "Found total 1 .* tokens and 2 images"),
     ],
 )
 def test_pictures_and_placeholders_must_agree_in_every_sample(text, images, message, processor):
@@ -314,7 +314,7 @@ def test_control_tokens_typed_by_a_user_are_refused(token, processor, encode):
 
 def test_old_conversions_say_what_to_do(make_processor):
     """MiniMind2 converted by an earlier version: an image was a run of the character `@`."""
-    with pytest.raises(ValueError, match="'@@@@@@@@@@@@@@@@' is 16.*convert the original's weights again"):
+    with pytest.raises(ValueError, match=r"'@@@@@@@@@@@@@@@@' is 16.*convert the original's weights again"):
         make_processor("clip", image_token="@" * 16)
 
 
@@ -323,7 +323,7 @@ def test_truncation_never_cuts_a_picture(processor):
     text = ["<|image_pad|>What is this? Describe the picture."]
     assert processor(text=text, max_length=20, **options)["input_ids"].shape == (1, 20)
     processor.tokenizer.truncation_side = "right"
-    with pytest.raises(ValueError, match="Mismatch in `image` token count .*truncation"):
+    with pytest.raises(ValueError, match=r"Mismatch in `image` token count .*truncation"):
         processor(text=text, max_length=10, **options)
 
 
