@@ -1,7 +1,7 @@
 """Configurations of MiniMind-V: `MiniMindConfig` for the decoder, `MiniMindVConfig` for tower + projector + decoder.
 
-The decoder's fields carry the names of `Qwen3MoeConfig`, which it extends: MiniMind-3 *is* Qwen3 (dense) or Qwen3-MoE
-(experts) with other sizes, and MiniMind2 is the same without q/k norm, with always-on shared experts.
+The decoder's fields carry the names of `Qwen3MoeConfig`: MiniMind-3 *is* Qwen3 (dense) or Qwen3-MoE (experts), and
+MiniMind2 is the same without q/k norm, with always-on shared experts.
 """
 
 import copy
@@ -16,14 +16,11 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 @strict
 class MiniMindConfig(Qwen3MoeConfig):
     """Configuration of the MiniMind decoder. Without arguments: the dense decoder of MiniMind-3 (65M parameters).
-    Listed here is what `Qwen3MoeConfig` does not have, or has with another default.
 
     Args:
-        use_moe: A mixture of `num_experts` experts (the original's own switch) instead of a dense FFN, in all layers
-            but those that `mlp_only_layers` and `decoder_sparse_step` leave dense.
+        use_moe: A mixture of experts instead of a dense FFN; `mlp_only_layers` and `decoder_sparse_step` except layers.
         use_qk_norm: RMSNorm on each head's query and key before RoPE (MiniMind-3: yes, MiniMind2: no).
-        num_shared_experts: Experts that see every token besides the routed ones (MiniMind2). Several are one FFN of
-            `num_shared_experts * moe_intermediate_size` columns, which computes their sum.
+        num_shared_experts: Experts that see every token besides the routed ones (MiniMind2), as one FFN of their sum.
         router_aux_loss_type: Formula of [`router_auxiliary_loss`] in the modeling file: `"switch"` (MiniMind-3),
             `"sequence"` (MiniMind2) or `"batch"` (MiniMind2 with `seq_aux=False`).
         head_dim, intermediate_size, moe_intermediate_size: Left out, `hidden_size // num_attention_heads`; for a dense
@@ -90,9 +87,8 @@ class MiniMindConfig(Qwen3MoeConfig):
         """Without what a dense decoder has no use for (vLLM takes a count of experts for experts)."""
         output = super().to_dict()
         of_experts = ("expert", "moe_", "router_", "topk", "mlp_only", "sparse")
-        unused = [] if self.use_moe else [name for name in output if any(word in name for word in of_experts)]
-        for name in ("id2label", "label2id", *unused):
-            output.pop(name, None)
+        if not self.use_moe:
+            output = {name: value for name, value in output.items() if not any(word in name for word in of_experts)}
         output["auto_map"] = {
             "AutoConfig": "configuration_minimind_v.MiniMindConfig",
             "AutoModel": "modeling_minimind_v.MiniMindModel",
@@ -171,15 +167,13 @@ class MiniMindVConfig(PreTrainedConfig):
         if not 0 <= self.image_token_id < (size := self.text_config.vocab_size):
             raise ValueError(f"image_token_id must be an id below vocab_size ({size}); got {self.image_token_id}.")
         if self.image_seq_length != (produced := self._count_image_tokens()):
-            tower = f"{self.vision_config.model_type} makes {produced} tokens of one image"
-            raise ValueError(f"image_seq_length must be {produced}: {tower}; got {self.image_seq_length}.")
+            raise ValueError(f"image_seq_length must be {produced}, as the tower makes; got {self.image_seq_length}.")
 
     def to_dict(self) -> dict[str, Any]:
         """With what lets the saved checkpoint load by itself: `auto_map`, and the image-to-text pipeline."""
         output = super().to_dict()
-        for part in (output, output["text_config"], output["vision_config"]):
-            part["dtype"] = output.get("dtype")  # as the library sets it on loading: saving again changes nothing
-            part.pop("id2label", None), part.pop("label2id", None)
+        for name in self.sub_configs:  # as the library sets it on loading, so that saving again changes nothing
+            output[name]["dtype"] = output.get("dtype")
         output.pop("use_cache", None)  # Trainer turns it off while it trains
         heads = [f"AutoModelFor{kind}" for kind in ("CausalLM", "ImageTextToText", "MultimodalLM")]
         output["auto_map"] = {
@@ -190,6 +184,13 @@ class MiniMindVConfig(PreTrainedConfig):
         }
         pipeline = {"impl": "processing_minimind_v.MiniMindVImageToTextPipeline", "type": "multimodal"}
         output["custom_pipelines"] = {"image-to-text": pipeline | {"pt": ["AutoModelForImageTextToText"]}}
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds: without the labels of classifiers, which the library gives every part."""
+        output = super().to_diff_dict()
+        for name in self.sub_configs:
+            output[name] = {key: value for key, value in output[name].items() if key not in ("id2label", "label2id")}
         return output
 
 
