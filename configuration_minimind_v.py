@@ -18,15 +18,14 @@ class MiniMindConfig(Qwen3MoeConfig):
     """Configuration of the MiniMind decoder. Without arguments: the dense decoder of MiniMind-3 (65M parameters).
 
     Args:
-        use_moe: A mixture of experts instead of a dense FFN; `mlp_only_layers` and `decoder_sparse_step` except layers.
+        use_moe: Experts instead of a dense FFN, but for the layers that `mlp_only_layers` and `decoder_sparse_step` name.
         use_qk_norm: RMSNorm on each head's query and key before RoPE (MiniMind-3: yes, MiniMind2: no).
         num_shared_experts: Experts that see every token besides the routed ones (MiniMind2), as one FFN of their sum.
         router_aux_loss_type: Formula of [`router_auxiliary_loss`] in the modeling file: `"switch"` (MiniMind-3),
             `"sequence"` (MiniMind2) or `"batch"` (MiniMind2 with `seq_aux=False`).
         head_dim, intermediate_size, moe_intermediate_size: Left out, `hidden_size // num_attention_heads`; for a dense
             FFN MiniMind-3's rule `64 * ceil(pi * hidden_size / 64)`; for an expert `intermediate_size`.
-        norm_topk_prob: Weights of the chosen experts sum up to 1. With one expert per token, as released, that weight
-            is always 1, so that the router learns from the load-balancing loss only.
+        norm_topk_prob: Weights of a token's experts sum up to 1; with one expert, as released, its weight is always 1.
     """
 
     model_type = "minimind"
