@@ -18,7 +18,7 @@ class MiniMindConfig(Qwen3MoeConfig):
     """Configuration of the MiniMind decoder. Without arguments: the dense decoder of MiniMind-3 (65M parameters).
 
     Args:
-        use_moe: Experts instead of a dense FFN, but for the layers that `mlp_only_layers` and `decoder_sparse_step` name.
+        use_moe: Experts instead of a dense FFN, save in layers excepted by `mlp_only_layers` or `decoder_sparse_step`.
         use_qk_norm: RMSNorm on each head's query and key before RoPE (MiniMind-3: yes, MiniMind2: no).
         num_shared_experts: Experts that see every token besides the routed ones (MiniMind2), as one FFN of their sum.
         router_aux_loss_type: Formula of [`router_auxiliary_loss`] in the modeling file: `"switch"` (MiniMind-3),
