@@ -114,7 +114,8 @@ def test_what_is_passed_in_stays_as_it_is():
 def test_a_dense_decoder_says_nothing_of_experts(tmp_path):
     """vLLM takes any count of experts in a configuration for a mixture of experts."""
     every_layer = {"use_moe": True, "num_experts": 8, "mlp_only_layers": [0, 1], "num_hidden_layers": 2}
-    for values in ({}, {"num_experts": 8}, every_layer):
+    saved_before = {"num_local_experts": 4, "num_experts_per_tok": 1}  # earlier versions saved dense decoders so
+    for values in ({}, {"num_experts": 8}, every_layer, saved_before):
         config = MiniMindConfig(**values)
         assert not config.use_moe and config.num_experts == 0 and config.router_aux_loss_coef == 0
         words = ("expert", "router", "moe_", "topk", "sparse", "mlp_only")

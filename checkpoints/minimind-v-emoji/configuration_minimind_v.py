@@ -60,17 +60,17 @@ class MiniMindConfig(Qwen3MoeConfig):
         self.intermediate_size = self.intermediate_size or 64 * math.ceil(math.pi * self.hidden_size / 64)
         self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
         self.rope_parameters = copy.copy(self.rope_parameters)  # the library completes it in place
+        super().__post_init__(**kwargs)
         every_step = range(self.decoder_sparse_step - 1, self.num_hidden_layers, self.decoder_sparse_step)
-        sparse_layers = set(every_step) - set(self.mlp_only_layers or ()) if self.use_moe else ()
+        sparse_layers = set(every_step) - set(self.mlp_only_layers) if self.use_moe else ()
         self.use_moe = len(sparse_layers) > 0
         if not self.use_moe:
             self.num_experts = 0  # so Qwen3-MoE's layers, and vLLM, know that the decoder is dense
             self.router_aux_loss_coef = 0.0  # TRL asks every model that has this field, and not 0, for its router loss
         absent = [part for part, has in (("_norm", self.use_qk_norm), (".experts", self.use_moe)) if not has]
         absent += ["mlp.gate_p", "mlp.up_p", "mlp.down_p"] if len(sparse_layers) == self.num_hidden_layers else []
-        plan = Qwen3MoeConfig.base_model_tp_plan  # must not name what no layer has
+        plan = self.base_model_tp_plan  # must not name what no layer has
         self.base_model_tp_plan = {k: v for k, v in plan.items() if not any(part in k for part in absent)}
-        super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         super().validate_architecture()
