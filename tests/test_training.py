@@ -1,6 +1,7 @@
 """Training: every data form, labels, what is trainable in each stage, cached image features, LoRA."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -72,12 +73,16 @@ def test_rows_that_cannot_be_trained_on(row, message):
         normalize_row(row)
 
 
-def test_missing_and_broken_files_are_named(tmp_path):
+def test_missing_and_broken_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"metadata.jsonl does not exist"):
         MiniMindVDataset(tmp_path)
     (tmp_path / "rows.txt").write_text("a")
     with pytest.raises(ValueError, match=r"rows.txt must be a .jsonl or .parquet file"):
         MiniMindVDataset(tmp_path / "rows.txt")
+    (tmp_path / "rows.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'Parquet needs .* pip install "minimind-v\[train\]"'):
+        MiniMindVDataset(tmp_path / "rows.parquet")
     (tmp_path / "rows.jsonl").write_text('{"text": "a\u2028b"}\n{oops\n')
     dataset = MiniMindVDataset(tmp_path / "rows.jsonl")
     with pytest.raises(ValueError, match=r"Row 0: a row needs messages and images.*it has \['text'\]"):

@@ -194,6 +194,7 @@ def test_rows_left_out_of_the_training_data_stay_in_the_held_out_data(folder, tm
     [
         (["--epochs", "3"], "error: unrecognized arguments: --epochs 3."),
         (["--stage", "all"], "error: argument --stage: invalid choice: 'all' (choose from"),
+        (["--freeze-llm", "3"], "error: argument --freeze_llm/--freeze-llm: invalid choice: '3' (choose from"),
         (["--lora-rank", "4", "--stage", "pretrain"], "error: --lora-rank adapts the whole decoder"),
         (["--eval-fraction", "1.5"], "error: --eval-fraction must be from 0 to below 1"),
         (["--data", ""], "error: Name a checkpoint with --model and training data with --data."),

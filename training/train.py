@@ -43,7 +43,7 @@ class TrainArguments(TrainingArguments):
     stage: Literal["pretrain", "sft"] = field(
         default="sft", metadata={"help": "pretrain: the projector only. sft: projector and decoder."}
     )
-    freeze_llm: int = field(
+    freeze_llm: Literal[0, 1, 2] = field(
         default=0, metadata={"help": "For sft: 0 trains all of the decoder, 1 its first and last layer, 2 none."}
     )
     lora_rank: int | None = field(
