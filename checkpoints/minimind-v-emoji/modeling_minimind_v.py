@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
@@ -366,20 +365,6 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         )
         return mask.unsqueeze(-1)
 
-    def must_run_tower(self, past_key_values: Cache | None) -> bool:
-        """Whether a batch of text has to encode an empty image, of which nothing is added.
-
-        All processes must run the same modules: in training DDP waits for every gradient; where the tower's weights
-        are spread over the processes (FSDP, DeepSpeed's ZeRO-3), every forward waits for all to gather them.
-        """
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return False
-        if self.training:
-            return True
-        parameters = self.vision_tower.parameters()
-        is_spread = any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in parameters)
-        return is_spread and (past_key_values is None or past_key_values.get_seq_length() == 0)
-
     @can_return_tuple
     def forward(
         self,
@@ -418,7 +403,9 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
             image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        elif self.must_run_tower(past_key_values):
+        elif self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            # All processes must run the same modules (DDP waits for every gradient, FSDP for every gather), so a batch
+            # of text encodes an empty image and adds nothing of it.
             vision = self.config.vision_config
             size = (1, vision.num_channels, vision.image_size, vision.image_size)
             features = self.get_image_features(inputs_embeds.new_zeros(size), return_dict=True).pooler_output
