@@ -60,7 +60,7 @@ def test_two_processes_train_and_evaluate_as_one(name, runs):
     program, config = PROGRAM if name == "ddp" else FSDP, runs / f"{name}.yaml"
     text = (REPOSITORY / "examples" / "accelerate" / f"{name.removesuffix('-tower')}.yaml").read_text()
     if name == "fsdp2-tower":  # the weights of the tower's layers are spread over the processes too, layer by layer
-        text = text.replace(": MiniMindDecoderLayer\n", ": MiniMindDecoderLayer,SiglipEncoderLayer\n")
+        text = text.replace(": Qwen3MoeDecoderLayer\n", ": Qwen3MoeDecoderLayer,SiglipEncoderLayer\n")
     config.write_text(text)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2]
     launch += ["--mixed_precision", "no", "--main_process_port", 0]
