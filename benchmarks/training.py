@@ -5,8 +5,8 @@
 The original pads every row to 768 tokens and runs the tower in every step. Against it stand, each on top of the one
 before: rows padded to the longest of the batch, rows packed into one, and image features from the cache. The rows are
 the same; the ways take turns, and the median of several rounds counts. Lengths of answers follow a log-normal
-distribution, for captions (pretraining: the projector moves) with a median of 40 tokens, for instructions (SFT:
-projector and decoder move) of 130.
+distribution, for captions (pretraining of the projector) with a median of 40 tokens, for instructions (SFT of
+projector and decoder) of 130.
 """
 
 import argparse
@@ -46,16 +46,15 @@ class PaddedTo768(MiniMindVDataCollator):
 
 def make_rows(folder: Path, stage: str, count: int, tokenizer: Any) -> list[dict[str, Any]]:
     """Chats about pictures of 640 x 480 pixels, written into `folder`."""
-    randomness = random.Random(0)
-    noise = np.random.default_rng(0)
+    rng, image_rng = random.Random(0), np.random.default_rng(0)
     words = sorted(word[1:] for word in tokenizer.get_vocab() if word[:1] == "Ġ" and word[1:].isalpha())
     rows = []
     for number in range(count):
         path = folder / f"{number}.jpg"
-        coarse = Image.fromarray(noise.integers(0, 255, (30, 40, 3), dtype=np.uint8))
+        coarse = Image.fromarray(image_rng.integers(0, 255, (30, 40, 3), dtype=np.uint8))
         coarse.resize((640, 480), Image.Resampling.BICUBIC).save(path)
-        length = MEDIAN_LENGTH[stage] * randomness.lognormvariate(0, 0.6)
-        answer = " ".join(randomness.choices(words, k=int(min(max(length, 8), 480))))
+        length = MEDIAN_LENGTH[stage] * rng.lognormvariate(0, 0.6)
+        answer = " ".join(rng.choices(words, k=int(min(max(length, 8), 480))))
         question = [{"type": "image"}, {"type": "text", "text": "Describe the picture in detail."}]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         rows.append({"messages": messages, "images": [str(path)]})

@@ -1,4 +1,4 @@
-"""Two processes (gloo, CPU) train as one does, and what they save loads alone."""
+"""Two processes (gloo, CPU) train and evaluate as one does, and what they save loads alone."""
 
 import json
 import os
@@ -10,10 +10,22 @@ import pytest
 import torch
 from conftest import CHECKPOINT, REPOSITORY, caption_row, png, write_jsonl
 from safetensors.torch import load_file
+from test_training_command import PROGRAM
 from transformers import pipeline
 
+from minimind_v.training.train import main
+
 TRAIN = ["--model", CHECKPOINT, "--max-steps", 4, "--learning-rate", 1e-3, "--logging-steps", 1, "--use-cpu", "true"]
-TRAIN += ["--train-sampling-strategy", "sequential", "--save-strategy", "no"]
+TRAIN += ["--train-sampling-strategy", "sequential", "--save-strategy", "no", "--eval-strategy", "steps"]
+TRAIN += ["--eval-steps", 2, "--num-samples", 3]
+FSDP = [Path(__file__).parent / "fsdp_on_cpu.py"]
+
+
+def command_line(folder, name, rows_per_process):
+    options = ["--data", folder / "rows.jsonl", "--eval-data", folder / "held-out.jsonl"]
+    options += ["--output-dir", folder / name, "--per-device-train-batch-size", rows_per_process]
+    options += ["--per-device-eval-batch-size", rows_per_process]
+    return [str(option) for option in [*TRAIN, *options]]
 
 
 @pytest.fixture(scope="module")
@@ -30,35 +42,38 @@ def runs(tmp_path_factory):
         texts.append({"messages": messages, "images": []})
     rows = [row for i in range(0, 8, 2) for row in pictures[i : i + 2] + texts[i : i + 2]]
     write_jsonl(folder / "rows.jsonl", rows)
-    launch(folder, "single", 4, [sys.executable, "-m", "minimind_v.training", "train"])
+    write_jsonl(folder / "held-out.jsonl", rows[:4])
+    main(command_line(folder, "single", 4))
     return folder
 
 
-def launch(folder, name, rows_per_process, command):
-    options = ["--data", folder / "rows.jsonl", "--output-dir", folder / name]
-    options += ["--per-device-train-batch-size", rows_per_process]
-    command = [str(argument) for argument in [*command, *TRAIN, *options]]
+def history(folder, name):
+    """Losses and gradient norms of the steps, and losses of the evaluations."""
+    log = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
+    steps = [(entry["loss"], entry["grad_norm"]) for entry in log if "loss" in entry]
+    return steps, [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2-tower"])
+def test_two_processes_train_and_evaluate_as_one(name, runs):
+    """Also where one process has two rows with pictures and the other none at all: it must not wait for ever."""
+    program, config = PROGRAM if name == "ddp" else FSDP, runs / f"{name}.yaml"
+    text = (REPOSITORY / "examples" / "accelerate" / f"{name.removesuffix('-tower')}.yaml").read_text()
+    if name == "fsdp2-tower":  # the weights of the tower's layers are spread over the processes too, layer by layer
+        text = text.replace(": Qwen3MoeDecoderLayer\n", ": Qwen3MoeDecoderLayer,SiglipEncoderLayer\n")
+    config.write_text(text)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2]
+    launch += ["--mixed_precision", "no", "--main_process_port", 0]
+    command = [str(argument) for argument in [*launch, *program, *command_line(runs, name, 2)]]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
 
-
-def history(folder, name):
-    state = json.loads((folder / name / "trainer_state.json").read_text())
-    return [(entry["loss"], entry["grad_norm"]) for entry in state["log_history"] if "loss" in entry]
-
-
-@pytest.mark.parametrize(
-    "name, program",
-    [("ddp", ["-m", "minimind_v.training", "train"]), ("fsdp2", [Path(__file__).parent / "fsdp_on_cpu.py"])],
-)
-def test_two_processes_train_as_one(name, program, runs):
-    """Also where one process has two rows with pictures and the other none at all: it must not wait for ever."""
-    config = REPOSITORY / "examples" / "accelerate" / f"{name}.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2]
-    launch(runs, name, 2, [*command, "--mixed_precision", "no", "--main_process_port", 0, *program])
-    assert len(history(runs, "single")) == 4
-    torch.testing.assert_close(history(runs, name), history(runs, "single"), rtol=1e-4, atol=1e-5)
+    steps, evaluations = history(runs, "single")
+    assert len(steps) == 4 and len(evaluations) == 2
+    torch.testing.assert_close(history(runs, name), (steps, evaluations), rtol=1e-4, atol=1e-5)
+    samples = [(runs / folder / "samples.jsonl").read_text() for folder in (name, "single")]
+    assert samples[0] == samples[1]
     weights, expected = (load_file(runs / folder / "model.safetensors") for folder in (name, "single"))
     for key, tensor in expected.items():
         torch.testing.assert_close(weights[key], tensor, rtol=1e-3, atol=1e-4)

@@ -55,12 +55,14 @@ def test_python_of_the_readme(elsewhere):
 
 
 def test_fine_tuning_of_the_readme(tmp_path):
-    block = re.search(r"```bash\n(python -m minimind_v.training check examples/images.*?)```", README, re.DOTALL)[1]
+    block = re.search(r"```bash\n(minimind-v check examples/images.*?)```", README, re.DOTALL)[1]
     for name in ("checkpoints", "examples"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for command in block.replace("\\\n", "").strip().splitlines():
-        command = [sys.executable, *command.split()[1:]]
+        program, *arguments = command.split()
+        module = ["-m", "minimind_v_cli"] if program == "minimind-v" else []
+        command = [sys.executable, *module, *arguments]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
         assert result.returncode == 0, result.stderr[-3000:]
     rows = map(json.loads, (REPOSITORY / "examples/images/metadata.jsonl").read_text("utf-8").splitlines())

@@ -1,6 +1,7 @@
-"""Training: every data form, labels, what moves in each stage, cached image features, LoRA."""
+"""Training: every data form, labels, what is trainable in each stage, cached image features, LoRA."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -72,12 +73,16 @@ def test_rows_that_cannot_be_trained_on(row, message):
         normalize_row(row)
 
 
-def test_missing_and_broken_files_are_named(tmp_path):
+def test_missing_and_broken_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"metadata.jsonl does not exist"):
         MiniMindVDataset(tmp_path)
     (tmp_path / "rows.txt").write_text("a")
     with pytest.raises(ValueError, match=r"rows.txt must be a .jsonl or .parquet file"):
         MiniMindVDataset(tmp_path / "rows.txt")
+    (tmp_path / "rows.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'Parquet needs .* pip install "minimind-v\[train\]"'):
+        MiniMindVDataset(tmp_path / "rows.parquet")
     (tmp_path / "rows.jsonl").write_text('{"text": "a\u2028b"}\n{oops\n')
     dataset = MiniMindVDataset(tmp_path / "rows.jsonl")
     with pytest.raises(ValueError, match=r"Row 0: a row needs messages and images.*it has \['text'\]"):
@@ -105,9 +110,9 @@ def test_batch_of_mixed_rows(processor):
     ]
     collate = MiniMindVDataCollator(processor)
     batch = collate([{"messages": normalize_row(row)} for row in rows])
-    learned = [processor.decode(labels[labels != -100]) for labels in batch["labels"]]
+    trained = [processor.decode(labels[labels != -100]) for labels in batch["labels"]]
     end = "<|im_end|>\n"
-    assert learned == [f"A dog 狗。{end}", f"Hello.{end}", f"Two.{end}Yes.{end}"]
+    assert trained == [f"A dog 狗。{end}", f"Hello.{end}", f"Two.{end}Yes.{end}"]
     assert batch["pixel_values"].shape == (3, 3, 32, 32)
     lengths = batch["attention_mask"].sum(1)
     assert lengths.max() == batch["input_ids"].shape[1]  # padded to the longest, on the right
@@ -180,7 +185,7 @@ def test_labels_are_those_of_the_original():
 
 
 @pytest.mark.parametrize(
-    "stage, freeze_llm, moving",
+    "stage, freeze_llm, trainable",
     [
         ("pretrain", 0, ["multi_modal_projector"]),
         ("sft", 0, ["multi_modal_projector", "language_model"]),
@@ -188,7 +193,7 @@ def test_labels_are_those_of_the_original():
         ("sft", 2, ["multi_modal_projector"]),
     ],
 )
-def test_only_the_parameters_of_the_stage_move(stage, freeze_llm, moving, processor):
+def test_only_the_parameters_of_the_stage_are_trained(stage, freeze_llm, trainable, processor):
     model = make_model(num_hidden_layers=3)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     names = freeze(model, stage, freeze_llm)
@@ -199,7 +204,27 @@ def test_only_the_parameters_of_the_stage_move(stage, freeze_llm, moving, proces
     model(**batch).loss.backward()
     optimizer.step()
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert changed == set(names) == {name for name in before if any(part in name for part in moving)}
+    assert changed == set(names) == {name for name in before if any(part in name for part in trainable)}
+
+
+def test_the_frozen_tower_builds_no_graph(processor, folder, tmp_path):
+    """Nor where its embeddings are made to require gradients, as for gradient checkpointing with adapters."""
+    model = make_model()
+    freeze(model, "pretrain")
+    model.enable_input_require_grads()
+    model.train()
+    dataset, graphs = MiniMindVDataset(folder), []
+    model.model.vision_tower.register_forward_hook(
+        lambda module, inputs, output: graphs.append(output.last_hidden_state.requires_grad)
+    )
+    cache = ImageFeatureCache(tmp_path / "features", model, processor)
+    cache.fill(dataset)
+    pass_features_through(model)
+    for features in (None, cache):
+        model.zero_grad()
+        model(**MiniMindVDataCollator(processor, image_features=features)([dataset[0]])).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.model.multi_modal_projector.parameters())
+    assert len(graphs) == 3 and not any(graphs)
 
 
 # --- Cached image features ------------------------------------------------------------------------------------------
@@ -300,10 +325,10 @@ def test_lora_adapts_the_decoder_only_and_merges_back(moe, processor, tmp_path):
     freeze(model, "sft")
     model = add_lora(model, rank=4)
     batch = MiniMindVDataCollator(processor)([{"messages": normalize_row(caption_row(picture(0)))}])
-    moving = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert all(("language_model" in name and "lora_" in name) or "multi_modal_projector" in name for name in moving)
-    assert len([name for name in moving if "lora_A" in name]) == (2 * 4 + 2 * 3)  # attention; FFN, or shared expert
-    optimizer = torch.optim.AdamW(moving.values(), lr=1e-2)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(("language_model" in name and "lora_" in name) or "multi_modal_projector" in name for name in trainable)
+    assert len([name for name in trainable if "lora_A" in name]) == (2 * 4 + 2 * 3)  # attention; FFN, or shared expert
+    optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2)
     for _ in range(2):
         model(**batch).loss.backward()
         optimizer.step()

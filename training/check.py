@@ -1,9 +1,9 @@
-"""Looks at training data before training does: what is there, what is broken, which tokens carry loss."""
+"""Looks at training data before training does: what is there, what is broken, which tokens are trained on."""
 
-import argparse
 import base64
 import html
 import io
+import itertools
 import statistics
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from transformers import AutoProcessor
 
 from .. import EMBEDDED_MODEL
 from ..image_loading_minimind_v import load_image
-from .collator import MiniMindVDataCollator
-from .data import MiniMindVDataset, pictures_of
+from .collator import IGNORE_INDEX, MiniMindVDataCollator
+from .data import MiniMindVDataset, images_of
 
-HTML_ROWS = 100  # pictures stand in the page itself
+HTML_ROWS = 100  # at most, because the images stand in the page itself
 
 
 def check(
@@ -34,9 +34,9 @@ def check(
         data: As for training, see [`data.read_rows`].
         model: Whose processor to use.
         max_length: As for training.
-        preview: Rows whose tokens are returned as text, with those that carry loss between guillemets.
-        html_file: Page to write: the first rows with their pictures, the tokens that carry loss marked, and what is
-            broken.
+        preview: Rows whose tokens are returned as text, with those that are trained on between guillemets.
+        html_file: Page to write: the first rows with their images, the tokens that are trained on marked, and what
+            is broken.
         workers: Processes that read rows.
 
     Returns:
@@ -48,7 +48,7 @@ def check(
     rejected = report["broken"].keys() | report["too_long"].keys()
     good = [number for number in range(len(dataset)) if number not in rejected]
     report["preview"] = [
-        "".join(f"«{text}»" if learned else text for text, learned in split_by_loss(dataset[number], collator))
+        "".join(f"«{text}»" if trained else text for text, trained in split_by_loss_mask(dataset[number], collator))
         for number in good[:preview]
     ]
     if html_file is not None:
@@ -92,16 +92,16 @@ class _RowSizes(Dataset):
         return len(row["input_ids"]), len(row.get("pixel_values", ())), None
 
 
-def split_by_loss(item: dict[str, Any], collator: MiniMindVDataCollator) -> list[tuple[str, bool]]:
-    """The row's text in pieces, each with whether it carries loss; placeholders of an image as one `[image]`."""
+def split_by_loss_mask(item: dict[str, Any], collator: MiniMindVDataCollator) -> list[tuple[str, bool]]:
+    """The row's text in pieces, each with whether it is trained on; an image as one `[image]`."""
     row, processor = collator.encode(item["messages"]), collator.processor
-    pieces: list[tuple[list[int], bool]] = []
-    for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        if not pieces or pieces[-1][1] != (label != -100):
-            pieces.append(([], label != -100))
-        pieces[-1][0].append(token)
-    placeholder = processor.image_placeholder
-    return [(processor.tokenizer.decode(ids).replace(placeholder, "[image]"), learned) for ids, learned in pieces]
+    image = processor.image_token * processor.image_seq_length
+    tokens = zip(row["input_ids"], row["labels"], strict=True)
+    pieces = []
+    for trained, group in itertools.groupby(tokens, key=lambda token: token[1] != IGNORE_INDEX):
+        text = processor.tokenizer.decode([token for token, _ in group])
+        pieces.append((text.replace(image, "[image]"), trained))
+    return pieces
 
 
 def render_page(report: dict[str, Any], dataset: Dataset, numbers: list[int], collator: MiniMindVDataCollator) -> str:
@@ -112,20 +112,20 @@ def render_page(report: dict[str, Any], dataset: Dataset, numbers: list[int], co
         "mark{background:#b7e4b0}img{max-height:160px;margin-right:8px}hr{border:0;border-top:1px solid #ccc}</style>",
         f"<h1>{report['rows']} rows, {report['images']} images</h1>",
         f"<p>{len(report['tokens'])} can be trained on, {len(report['too_long'])} are too long, "
-        f"{len(report['broken'])} broken. <mark>Marked</mark> tokens carry loss.</p>",
+        f"{len(report['broken'])} broken. <mark>Marked</mark> tokens are trained on.</p>",
     ]
     for kind in ("broken", "too_long"):
         lines += [f"<p>row {number}: {html.escape(reason)}</p>" for number, reason in report[kind].items()]
     for number in numbers:
         lines.append(f"<hr><h3>row {number}</h3>")
-        for picture in pictures_of(dataset[number]["messages"]):
-            thumbnail, buffer = load_image(picture, f"an image of row {number}"), io.BytesIO()
+        for image in images_of(dataset[number]["messages"]):
+            thumbnail, buffer = load_image(image, f"an image of row {number}"), io.BytesIO()
             thumbnail.thumbnail((320, 320))
             thumbnail.save(buffer, "PNG")
             lines.append(f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
         pieces = [
-            f"<mark>{html.escape(text)}</mark>" if learned else html.escape(text)
-            for text, learned in split_by_loss(dataset[number], collator)
+            f"<mark>{html.escape(text)}</mark>" if trained else html.escape(text)
+            for text, trained in split_by_loss_mask(dataset[number], collator)
         ]
         lines.append(f"<pre>{''.join(pieces)}</pre>")
     return "\n".join(lines)
@@ -137,16 +137,21 @@ def describe(broken: dict[int, str], limit: int = 20) -> str:
     return "\n".join(lines + [f"  and {len(broken) - limit} more"] * (len(broken) > limit))
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m minimind_v.training check", description=__doc__)
-    parser.add_argument("data", help=".jsonl or .parquet file, or folder of pictures with metadata.jsonl")
-    parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="checkpoint whose processor is used")
-    parser.add_argument("--max-length", type=int, help="as for training")
-    parser.add_argument("--preview", type=int, default=3, help="rows to show in full")
-    parser.add_argument("--html", metavar="FILE", help="page to write, with pictures and marked tokens")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read rows")
-    options = parser.parse_args(arguments)
-    report = check(options.data, options.model, options.max_length, options.preview, options.html, options.workers)
+def show(
+    data: Any,
+    *,
+    model: str | Path,
+    max_length: int | None,
+    preview: int,
+    html_file: str | Path | None,
+    workers: int,
+) -> int:
+    """The command `minimind-v check`: prints what [`check`], which explains the arguments, finds.
+
+    Returns:
+        Number of broken rows.
+    """
+    report = check(data, model, max_length, preview, html_file, workers)
     good = report["tokens"]
     print(f"{report['rows']} rows, {report['images']} images")
     if good:
@@ -158,8 +163,7 @@ def main(arguments: list[str]) -> None:
         if report[kind]:
             print(describe(report[kind]))
     for text in report["preview"]:
-        print("\nTokens that carry loss stand between «»:\n" + text)
-    if options.html:
-        print(f"\nPage with pictures: {options.html}")
-    if report["broken"]:
-        raise SystemExit(1)
+        print("\nTokens between «» are trained on:\n" + text)
+    if html_file is not None:
+        print(f"\nPage with pictures: {html_file}")
+    return len(report["broken"])

@@ -8,8 +8,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..processing_minimind_v import MiniMindVProcessor
-from .data import pictures_of
+from .data import images_of
 from .image_features import ImageFeatureCache
+
+IGNORE_INDEX = -100  # label of a token that is not trained on
 
 logger = logging.getLogger(__name__)
 
@@ -17,8 +19,8 @@ logger = logging.getLogger(__name__)
 class MiniMindVDataCollator:
     """Makes batches for `Trainer` from items of [`MiniMindVDataset`] (or any `{"messages": [...]}`).
 
-    Labels are the tokens that the chat template's generation blocks mark: the assistant's answers with their end.
-    Prompt, image and padding tokens carry none. Rows are padded on the right, to the longest of the batch.
+    Tokens that the chat template's generation blocks mark (the assistant's answers with their end) are trained on;
+    the labels of prompt, image and padding tokens are -100. Rows are padded on the right, to the longest of the batch.
 
     Args:
         processor: Processor of the model.
@@ -27,12 +29,12 @@ class MiniMindVDataCollator:
             attending to each other, by the library's own mechanism; the loss is that of the separate rows.
         image_features: Filled cache of the tower's output, which then stands in `pixel_values`; the model's tower must
             have been prepared by [`pass_features_through`].
-        on_broken: What happens to rows with unreadable pictures or wrong counts: `"error"`, or `"skip"` (left out,
+        on_broken: What happens to rows with unreadable images or wrong counts: `"error"`, or `"skip"` (left out,
             reported in the log and in `dropped`).
 
     Returns (when called):
         `input_ids`, `labels` and `attention_mask` (packed: `position_ids`), int64 `[B, T]`, and, if there are
-        pictures, `pixel_values` `[N, 3, height, width]`.
+        images, `pixel_values` `[N, 3, height, width]`.
 
     Raises:
         ValueError: A broken row with `on_broken="error"`, or no row of the batch could be used.
@@ -54,26 +56,37 @@ class MiniMindVDataCollator:
         self.dropped: dict[Any, str] = {}
 
     def encode(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
-        """One chat: lists `input_ids` and `labels`, and `pixel_values` if it has pictures."""
-        self.processor.check_chat(messages)
-        # The text alone, with placeholders already as long as the images. The processor would encode it the same, but
-        # the pictures need not be opened when their features are at hand.
-        template = self.processor.chat_template.replace(self.processor.image_token, self.processor.image_placeholder)
-        encoded = self.processor.tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        """One chat: lists `input_ids` and `labels`, and `pixel_values` if it has images.
+
+        Raises:
+            ValueError: An unreadable image, a control token in a text, or an image that `image_features` has not.
+        """
+        processor = self.processor
+        processor.check_chat(messages)
+        # The tokenizer alone: the processor gives the same ids, but would open images whose features are at hand.
+        encoded = processor.tokenizer.apply_chat_template(
+            messages,
+            chat_template=processor.chat_template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
-        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-        row = {"input_ids": ids, "labels": [token if keep else -100 for token, keep in zip(ids, mask, strict=True)]}
-        if pictures := pictures_of(messages):
-            row["pixel_values"] = self.encode_pictures(pictures)
+        ids, labels = [], []
+        for token, is_answer in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+            repeats = processor.image_seq_length if token == processor.image_token_id else 1
+            ids += [token] * repeats
+            labels += [token if is_answer else IGNORE_INDEX] * repeats
+        row = {"input_ids": ids, "labels": labels}
+        if images := images_of(messages):
+            row["pixel_values"] = self.encode_images(images)
         return row
 
-    def encode_pictures(self, pictures: list[Any]) -> torch.Tensor:
+    def encode_images(self, images: list[Any]) -> torch.Tensor:
         """`[N, 3, height, width]`, or the tower's features `[N, positions, width]` where a cache has them."""
-        features = [self.image_features.get(picture) if self.image_features else None for picture in pictures]
+        features = [self.image_features.get(image) if self.image_features else None for image in images]
         if all(feature is not None for feature in features):
             return torch.stack(features)
-        pixel_values = self.processor(images=[pictures], return_tensors="pt")["pixel_values"]
+        pixel_values = self.processor(images=[images], return_tensors="pt")["pixel_values"]
         if self.image_features:
             raise ValueError("a picture is not among the cached image features")
         return pixel_values
@@ -98,7 +111,7 @@ class MiniMindVDataCollator:
         if not rows:
             raise ValueError(
                 f"No row of this batch can be used: {list(self.dropped.items())[-len(items) :]}. Remove such rows "
-                "(`python -m minimind_v.training check` lists them) or raise max_length."
+                "(`minimind-v check` lists them) or raise max_length."
             )
         ids, labels = ([torch.tensor(row[key]) for row in rows] for key in ("input_ids", "labels"))
         if self.packing:
@@ -109,7 +122,7 @@ class MiniMindVDataCollator:
             pad = functools.partial(pad_sequence, batch_first=True)
             batch = {
                 "input_ids": pad(ids, padding_value=self.processor.tokenizer.pad_token_id),
-                "labels": pad(labels, padding_value=-100),
+                "labels": pad(labels, padding_value=IGNORE_INDEX),
                 "attention_mask": pad([torch.ones_like(row) for row in ids]),
             }
         if pixels := [row["pixel_values"] for row in rows if "pixel_values" in row]:

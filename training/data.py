@@ -22,10 +22,11 @@ from torch.utils.data import Dataset
 from ..processing_minimind_v import DEFAULT_PROMPT
 
 MARKER = "<image>"
+IMAGE_KEYS = ("image", "url", "path", "base64")  # where an image part may hold its image
 
 
 def read_rows(source: Any) -> tuple[Any, Path]:
-    """Raw rows (a sequence) and the folder that relative picture paths start from.
+    """Raw rows (a sequence) and the folder that relative image paths start from.
 
     Args:
         source: `.jsonl` or `.parquet` file, folder with `metadata.jsonl`, or any sequence of rows such as a
@@ -37,6 +38,7 @@ def read_rows(source: Any) -> tuple[Any, Path]:
     Raises:
         FileNotFoundError: The file or folder does not exist, or the folder has no `metadata.jsonl`.
         ValueError: Another kind of file.
+        ImportError: Parquet without `datasets`.
     """
     if not isinstance(source, (str, Path)):
         return source, Path()
@@ -46,8 +48,10 @@ def read_rows(source: Any) -> tuple[Any, Path]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. Give a .jsonl or .parquet file, or a folder of pictures.")
     if path.suffix == ".parquet":
-        import datasets
-
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError('Parquet needs the library datasets: pip install "minimind-v[train]"') from error
         return datasets.Dataset.from_parquet(str(path)), path.parent
     if path.suffix != ".jsonl":
         raise ValueError(f"{path} must be a .jsonl or .parquet file, or a folder with metadata.jsonl.")
@@ -57,7 +61,11 @@ def read_rows(source: Any) -> tuple[Any, Path]:
 
 
 def normalize_row(row: dict[str, Any] | str, folder: Path = Path()) -> list[dict[str, Any]]:
-    """Messages whose image parts hold their picture, from any of the schemas above.
+    """Messages whose image parts hold their image, from any of the schemas above.
+
+    Args:
+        row: A row, or the line of a `.jsonl` file that it stands in.
+        folder: Where relative image paths start from.
 
     Raises:
         ValueError: Not JSON, no known schema, turns of unknown or wrongly ordered roles, no answer to train on, or
@@ -65,6 +73,20 @@ def normalize_row(row: dict[str, Any] | str, folder: Path = Path()) -> list[dict
     """
     if isinstance(row, str):
         row = json.loads(row)
+    messages, images = messages_and_images(row)
+    check_roles(messages)
+    messages = place_images(messages, [locate(image, folder) for image in images])
+    if not any(message["role"] == "assistant" and message["content"] for message in messages):
+        raise ValueError("there is no assistant turn to train on")
+    return messages
+
+
+def messages_and_images(row: Any) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The messages of a row and the images that are not in them, as they stand in any of the schemas above.
+
+    Raises:
+        ValueError: The row has none of the schemas.
+    """
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object with messages and images, not a {type(row).__name__}")
     if "messages" in row:
@@ -78,40 +100,15 @@ def normalize_row(row: dict[str, Any] | str, folder: Path = Path()) -> list[dict
         answer = row["text"] if "text" in row else row["caption"]
         question = f"{MARKER}{row.get('prompt') or DEFAULT_PROMPT}"
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        images = [row["file_name"]]
+        images = row["file_name"]
     else:
         raise ValueError(
             "a row needs messages and images, or conversations and image_bytes, or file_name and text; "
             f"it has {sorted(row)}"
         )
-    check_roles(messages)
     if images is None:
-        images = []
-    queue = list(images) if isinstance(images, (list, tuple)) else [images]
-    expected, result = len(queue), []
-    places = 0
-    for message in messages:
-        content = message.get("content") or ""
-        if isinstance(content, str):
-            pieces = re.split(f"({MARKER})", content) if message["role"] != "system" else [content]
-            content = [{"type": "image"} if p == MARKER else {"type": "text", "text": p} for p in pieces if p]
-        parts = []
-        for part in content:
-            if part["type"] == "image":
-                places += 1
-                if not {"image", "url", "path", "base64"} & {key for key, value in part.items() if value is not None}:
-                    part = {"type": "image", "image": locate(queue.pop(0), folder) if queue else None}
-                else:
-                    expected += 1
-            parts.append({key: value for key, value in part.items() if value is not None})
-        if message["role"] == "assistant" and all(part["type"] == "text" for part in parts):
-            parts = "".join(part["text"] for part in parts)
-        result.append({**message, "content": parts})
-    if places != expected:
-        raise ValueError(f"the text has places for {places} images, but there are {expected}")
-    if not any(message["role"] == "assistant" and message["content"] for message in result):
-        raise ValueError("there is no assistant turn to train on")
-    return result
+        return messages, []
+    return messages, list(images) if isinstance(images, (list, tuple)) else [images]
 
 
 def check_roles(messages: list[dict[str, Any]]) -> None:
@@ -131,6 +128,44 @@ def check_roles(messages: list[dict[str, Any]]) -> None:
         )
 
 
+def place_images(messages: list[dict[str, Any]], images: list[Any]) -> list[dict[str, Any]]:
+    """The messages with their content as parts, of which each empty image part has got the next of `images`.
+
+    The content of an assistant's turn without images is a string.
+
+    Raises:
+        ValueError: There are more places than images, or fewer.
+    """
+    queue, places, own_images = list(images), 0, 0
+    result = []
+    for message in messages:
+        parts = []
+        for part in split_content(message):
+            part = {key: value for key, value in part.items() if value is not None}
+            if part["type"] == "image":
+                places += 1
+                if part.keys().isdisjoint(IMAGE_KEYS):
+                    part["image"] = queue.pop(0) if queue else None
+                else:
+                    own_images += 1
+            parts.append(part)
+        if message["role"] == "assistant" and all(part["type"] == "text" for part in parts):
+            parts = "".join(part["text"] for part in parts)
+        result.append({**message, "content": parts})
+    if places != len(images) + own_images:
+        raise ValueError(f"the text has places for {places} images, but there are {len(images) + own_images}")
+    return result
+
+
+def split_content(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The content of a message as parts; `<image>` in a string (but not in a system message) is an image part."""
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        return content
+    pieces = [content] if message["role"] == "system" else re.split(f"({MARKER})", content)
+    return [{"type": "image"} if piece == MARKER else {"type": "text", "text": piece} for piece in pieces if piece]
+
+
 def locate(image: Any, folder: Path) -> Any:
     """A path below `folder` if there is one; the bytes or path of a `datasets` image; anything else unchanged."""
     if isinstance(image, dict):
@@ -140,15 +175,14 @@ def locate(image: Any, folder: Path) -> Any:
     return image
 
 
-def pictures_of(messages: list[dict[str, Any]]) -> list[Any]:
-    """The pictures of normalised messages, in reading order."""
+def images_of(messages: list[dict[str, Any]]) -> list[Any]:
+    """The images of normalized messages, in reading order."""
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    keys = ("image", "url", "path", "base64")
-    return [next(part[key] for key in keys if key in part) for part in parts if part["type"] == "image"]
+    return [next(part[key] for key in IMAGE_KEYS if key in part) for part in parts if part["type"] == "image"]
 
 
 class MiniMindVDataset(Dataset):
-    """Rows of a data source, normalised one by one; item `i` is `{"messages": ..., "row": i}`."""
+    """Rows of a data source, normalized one by one; item `i` is `{"messages": ..., "row": i}`."""
 
     def __init__(self, source: Any) -> None:
         self.rows, self.folder = read_rows(source)

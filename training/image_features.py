@@ -1,8 +1,8 @@
-"""The frozen tower's output on disk: it runs once per distinct picture, and later epochs and runs read the file.
+"""The frozen tower's output on disk: it runs once per distinct image, and later epochs and runs read the file.
 
 A cache folder holds one folder per tower, image processing and dtype (named by a hash of all three, so that a changed
 one never reads the other's features), and in it safetensors shards with one tensor `[positions, tower width]` per
-picture, named by the SHA-256 of the picture.
+image, named by the SHA-256 of the image.
 """
 
 import hashlib
@@ -23,23 +23,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..image_loading_minimind_v import load_image
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from ..processing_minimind_v import MiniMindVProcessor
-from .data import pictures_of
+from .data import images_of
 
-SHARD_SIZE = 256  # pictures; what an interruption can lose at most
+SHARD_SIZE = 256  # images; what an interruption can lose at most
 
 
-def content_key(picture: Any) -> str:
-    """SHA-256 of a picture: of a file's bytes where there are some, else of its pixels."""
-    if isinstance(picture, (str, os.PathLike)) and os.path.isfile(picture):
-        picture = Path(picture).read_bytes()
-    if not isinstance(picture, bytes):
-        picture = load_image(picture, "the picture")
-        picture = f"{picture.size}".encode() + picture.tobytes()
-    return hashlib.sha256(picture).hexdigest()
+def content_key(image: Any) -> str:
+    """SHA-256 of an image: of a file's bytes where there are some, else of its pixels."""
+    if isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
+        image = Path(image).read_bytes()
+    if not isinstance(image, bytes):
+        image = load_image(image, "the picture")
+        image = f"{image.size}".encode() + image.tobytes()
+    return hashlib.sha256(image).hexdigest()
 
 
 def fingerprint(model: MiniMindVForConditionalGeneration, processor: MiniMindVProcessor, dtype: torch.dtype) -> str:
-    """Hash of all that the features depend on besides the picture."""
+    """Hash of all that the features depend on besides the image."""
     config = model.config.vision_config.to_dict()
     for name in ("transformers_version", "dtype", "_name_or_path"):
         config.pop(name, None)
@@ -64,18 +64,18 @@ def pass_features_through(model: MiniMindVForConditionalGeneration) -> None:
 
 
 class ImageFeatureCache:
-    """Features of pictures, by their content.
+    """Features of images, by their content.
 
     Args:
         directory: Cache folder; may be shared by runs and models.
         model: Whose tower makes the features.
-        processor: Whose image processor prepares the pictures.
+        processor: Whose image processor prepares the images.
         dtype: Of the features; not float32: the tower runs under autocast, as in training with that dtype.
 
     Example:
         >>> cache = ImageFeatureCache("features", model, processor)
-        >>> cache.fill(MiniMindVDataset("pictures/"))
-        >>> cache.get("pictures/cat.png").shape
+        >>> cache.fill(MiniMindVDataset("images/"))
+        >>> cache.get("images/cat.png").shape
         torch.Size([64, 768])
     """
 
@@ -89,26 +89,26 @@ class ImageFeatureCache:
         self.folder = Path(directory) / fingerprint(model, processor, dtype)
         self.model, self.processor, self.dtype = model, processor, dtype
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.shards: dict[str, str] = {}  # picture -> shard
+        self.shards: dict[str, str] = {}  # image -> shard
         self.files: dict[str, Any] = {}  # shard -> open file
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads which pictures the folder has."""
+        """Reads which images the folder has."""
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
                     self.shards.update(dict.fromkeys(file.keys(), path.name))
-            except SafetensorError:  # damaged: its pictures are encoded again
+            except SafetensorError:  # damaged: its images are encoded again
                 path.unlink()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"model": None, "files": {}}  # a data loader's worker only reads
 
-    def get(self, picture: Any) -> torch.Tensor | None:
-        """Features `[positions, width]`, or None if the cache has none or the picture cannot be read."""
+    def get(self, image: Any) -> torch.Tensor | None:
+        """Features `[positions, width]`, or None if the cache has none or the image cannot be read."""
         try:
-            key = content_key(picture)
+            key = content_key(image)
         except (OSError, ValueError, TypeError):
             return None
         name = self.shards.get(key)
@@ -120,45 +120,28 @@ class ImageFeatureCache:
 
     @torch.no_grad()
     def fill(self, rows: Any, batch_size: int = 32, workers: int = 0) -> None:
-        """Encodes all pictures that the cache has not. What an interruption leaves is used by the next call.
+        """Encodes all images that the cache has not. What an interruption leaves is used by the next call.
 
         Args:
-            rows: [`MiniMindVDataset`] or another sequence of `{"messages": ...}`. Broken rows and pictures are passed
+            rows: [`MiniMindVDataset`] or another sequence of `{"messages": ...}`. Broken rows and images are passed
                 over: the check and the collator report them.
-            batch_size: Pictures per call of the tower.
-            workers: Processes that read pictures.
+            batch_size: Images per call of the tower.
+            workers: Processes that read images.
 
         Raises:
             OSError: The disk has not enough space; nothing was written.
         """
-        missing: dict[str, tuple[int, int]] = {}
-        for number in tqdm(range(len(rows)), desc="looking for new pictures", unit="row"):
-            try:
-                pictures = pictures_of(rows[number]["messages"])
-                for place, picture in enumerate(pictures):
-                    if (key := content_key(picture)) not in self.shards:
-                        missing.setdefault(key, (number, place))
-            except (OSError, ValueError, TypeError):
-                continue
+        missing = self._find_missing(rows)
         if not missing:
             return
+        size = self._check_space(len(missing))
+        images = _Images(rows, missing, self.processor)
+        loader = DataLoader(images, batch_size, collate_fn=_collate_readable, num_workers=workers)
         tower = self.model.model.vision_tower
-        config = self.model.config
-        positions = config.image_seq_length + (config.vision_feature_select_strategy == "default")
-        needed = len(missing) * positions * config.vision_config.hidden_size * self.dtype.itemsize
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise OSError(
-                f"Features of {len(missing)} pictures need {needed / 1e9:.1f} GB in {self.folder.parent}, which has "
-                f"{free / 1e9:.1f} GB free. Choose another folder, train in bfloat16, or do without the cache."
-            )
-        loader = DataLoader(
-            _Pictures(rows, missing, self.processor), batch_size, collate_fn=_whole_pictures, num_workers=workers
-        )
         device = tower.device
         autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(device.type, self.dtype)
         shard: dict[str, torch.Tensor] = {}
-        with tqdm(total=len(missing), desc=f"encoding pictures ({needed / 1e9:.2f} GB)", unit="picture") as progress:
+        with tqdm(total=len(missing), desc=f"encoding pictures ({size / 1e9:.2f} GB)", unit="picture") as progress:
             try:
                 for count, keys, pixel_values in loader:
                     progress.update(count)
@@ -168,25 +151,50 @@ class ImageFeatureCache:
                         features = features.to("cpu", self.dtype)
                         shard |= {key: feature.clone() for key, feature in zip(keys, features, strict=True)}
                     if len(shard) >= SHARD_SIZE:
-                        shard = self._write(shard)
+                        self._write(shard)
+                        shard = {}
             finally:
-                self._write(shard)
+                if shard:
+                    self._write(shard)
 
-    def _write(self, shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if shard:
-            name = hashlib.sha256("".join(shard).encode()).hexdigest()[:16] + ".safetensors"
-            part = self.folder / f"{name}.{os.getpid()}.part"
+    def _find_missing(self, rows: Any) -> dict[str, tuple[int, int]]:
+        """Key of each image that the cache has not -> the row and the place in it where the image stands."""
+        missing: dict[str, tuple[int, int]] = {}
+        for number in tqdm(range(len(rows)), desc="looking for new pictures", unit="row"):
             try:
-                save_file(shard, part)
-                part.replace(self.folder / name)  # whole or not at all
-            finally:
-                part.unlink(missing_ok=True)
-            self.shards.update(dict.fromkeys(shard, name))
-        return {}
+                for place, image in enumerate(images_of(rows[number]["messages"])):
+                    if (key := content_key(image)) not in self.shards:
+                        missing.setdefault(key, (number, place))
+            except (OSError, ValueError, TypeError):
+                continue
+        return missing
+
+    def _check_space(self, count: int) -> int:
+        """Bytes that the features of `count` images take; an OSError if the disk has fewer."""
+        config = self.model.config
+        positions = config.image_seq_length + (config.vision_feature_select_strategy == "default")
+        needed = count * positions * config.vision_config.hidden_size * self.dtype.itemsize
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(
+                f"Features of {count} pictures need {needed / 1e9:.1f} GB in {self.folder.parent}, which has "
+                f"{free / 1e9:.1f} GB free. Choose another folder, train in bfloat16, or do without the cache."
+            )
+        return needed
+
+    def _write(self, shard: dict[str, torch.Tensor]) -> None:
+        name = hashlib.sha256("".join(shard).encode()).hexdigest()[:16] + ".safetensors"
+        part = self.folder / f"{name}.{os.getpid()}.part"
+        try:
+            save_file(shard, part)
+            part.replace(self.folder / name)  # whole or not at all
+        finally:
+            part.unlink(missing_ok=True)
+        self.shards.update(dict.fromkeys(shard, name))
 
 
-class _Pictures(Dataset):
-    """Item: (key, pixel values `[3, height, width]`, or None if the picture is broken)."""
+class _Images(Dataset):
+    """Item: (key, pixel values `[3, height, width]`, or None if the image is broken)."""
 
     def __init__(self, rows: Any, wanted: dict[str, tuple[int, int]], processor: MiniMindVProcessor) -> None:
         self.rows, self.wanted, self.processor = rows, list(wanted.items()), processor
@@ -197,13 +205,13 @@ class _Pictures(Dataset):
     def __getitem__(self, index: int) -> tuple[str, torch.Tensor | None]:
         key, (row, place) = self.wanted[index]
         try:
-            picture = pictures_of(self.rows[row]["messages"])[place]
-            return key, self.processor(images=[picture], return_tensors="pt")["pixel_values"][0]
+            image = images_of(self.rows[row]["messages"])[place]
+            return key, self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
         except (OSError, ValueError, TypeError):
             return key, None
 
 
-def _whole_pictures(items: list[tuple[str, torch.Tensor | None]]) -> tuple[int, list[str], torch.Tensor | None]:
+def _collate_readable(items: list[tuple[str, torch.Tensor | None]]) -> tuple[int, list[str], torch.Tensor | None]:
     good = [(key, pixels) for key, pixels in items if pixels is not None]
     pixel_values = torch.stack([pixels for _, pixels in good]) if good else None
     return len(items), [key for key, _ in good], pixel_values

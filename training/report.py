@@ -26,7 +26,8 @@ def plot_losses(history: list[dict[str, Any]], path: Path) -> None:
             axes.plot(points.keys(), points.values(), label=label, marker="o" if len(points) < 20 else None)
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -1,8 +1,10 @@
-"""What each training stage of the original moves: the tower never, the projector always, the decoder by stage."""
+"""What is trainable in each stage of the original: the tower never, the projector always, the decoder by stage."""
 
 import warnings
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 
@@ -15,15 +17,15 @@ LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 def freeze(
     model: MiniMindVForConditionalGeneration, stage: Literal["pretrain", "sft"], freeze_llm: Literal[0, 1, 2] = 0
 ) -> list[str]:
-    """Sets `requires_grad` for a stage and puts the tower into eval mode for good.
+    """Sets `requires_grad` for a stage; the tower stays in eval mode, and builds no graph, for good.
 
     Args:
         model: The model to train.
-        stage: `"pretrain"` moves the projector only; `"sft"` the decoder too.
-        freeze_llm: For SFT: 0 moves all of the decoder, 1 its first and last layer, 2 none of it.
+        stage: `"pretrain"`: only the projector is trainable; `"sft"`: the decoder too.
+        freeze_llm: For SFT: all of the decoder is trainable (0), its first and last layer (1), or none of it (2).
 
     Returns:
-        Names of the parameters that will move.
+        Names of the trainable parameters.
     """
     decoder = model.model.language_model
     model.requires_grad_(False)
@@ -34,14 +36,15 @@ def freeze(
     elif stage == "sft" and freeze_llm == 1:
         decoder.layers[0].requires_grad_(True)
         decoder.layers[-1].requires_grad_(True)
-    # Trainer calls model.train() before every epoch; the frozen tower stays as it was trained.
     tower = model.model.vision_tower.eval()
-    tower.train = lambda mode=True: tower
+    tower.train = lambda mode=True: tower  # Trainer calls model.train(); the tower stays as it was trained
+    # Frozen parameters alone do not do it: PEFT makes the embeddings of every model inside require gradients.
+    tower.forward = torch.no_grad()(tower.forward)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def add_lora(model: MiniMindVForConditionalGeneration, rank: int) -> Any:
-    """Low-rank adapters (arXiv:2106.09685) in all linear layers of the decoder; the projector moves whole.
+    """Low-rank adapters (arXiv:2106.09685) in all linear layers of the decoder; the projector is trainable as a whole.
 
     Returns:
         PEFT model around `model`.

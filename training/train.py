@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch.utils.data import Subset, random_split
+from torch.utils.data import Dataset, Subset, random_split
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -18,6 +18,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..modeling_minimind_v import MiniMindVForConditionalGeneration
+from ..processing_minimind_v import MiniMindVProcessor
 from .callbacks import SampleAnswers, StopOnSignal
 from .check import describe, inspect_rows
 from .collator import MiniMindVDataCollator
@@ -41,7 +43,7 @@ class TrainArguments(TrainingArguments):
     stage: Literal["pretrain", "sft"] = field(
         default="sft", metadata={"help": "pretrain: the projector only. sft: projector and decoder."}
     )
-    freeze_llm: int = field(
+    freeze_llm: Literal[0, 1, 2] = field(
         default=0, metadata={"help": "For sft: 0 trains all of the decoder, 1 its first and last layer, 2 none."}
     )
     lora_rank: int | None = field(
@@ -168,15 +170,8 @@ def train(arguments: TrainArguments) -> Trainer:
     held_out = MiniMindVDataset(arguments.eval_data) if arguments.eval_data else None
     cache = None
     if arguments.cache_image_features:
-        dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
-        cache = ImageFeatureCache(arguments.cache_image_features, model, processor, dtype)
-        model.model.vision_tower.to(arguments.device)
-        for rows in (dataset, *([held_out] if held_out is not None else [])):
-            mine = Subset(rows, range(arguments.process_index, len(rows), arguments.world_size))
-            cache.fill(mine, workers=arguments.dataloader_num_workers)
-        PartialState().wait_for_everyone()
-        cache.refresh()
-        pass_features_through(model)
+        datasets = [dataset] if held_out is None else [dataset, held_out]
+        cache = fill_feature_cache(model, processor, datasets, arguments)
     collator = MiniMindVDataCollator(
         processor, arguments.max_length, arguments.on_broken, arguments.packing, image_features=cache
     )
@@ -186,18 +181,10 @@ def train(arguments: TrainArguments) -> Trainer:
         held_out = usable_rows(held_out, collator, arguments) if held_out is not None else None
     left_out = rows - len(dataset)
     if arguments.eval_fraction:
-        count = max(1, round(arguments.eval_fraction * len(dataset)))
-        if count == len(dataset):
-            raise ValueError(f"--eval-fraction {arguments.eval_fraction} of {count} rows leaves none to train on.")
-        generator = torch.Generator().manual_seed(arguments.data_seed or arguments.seed)
-        dataset, held_out = random_split(dataset, [len(dataset) - count, count], generator)
+        dataset, held_out = hold_out(dataset, arguments)
 
     if arguments.lora_rank:
         model = add_lora(model, arguments.lora_rank)
-    stop = StopOnSignal()
-    callbacks = [stop]
-    if held_out is not None:
-        callbacks.append(SampleAnswers(held_out, processor, arguments.num_samples))
     trainer = MiniMindVTrainer(
         model,
         arguments,
@@ -205,32 +192,89 @@ def train(arguments: TrainArguments) -> Trainer:
         train_dataset=dataset,
         eval_dataset=held_out,
         processing_class=processor,
-        callbacks=callbacks,
+        callbacks=[SampleAnswers(held_out, processor, arguments.num_samples)] if held_out is not None else None,
     )
+    metrics = run(trainer)
+    metrics["rows_left_out"] = left_out + len(collator.dropped)
+    if held_out is not None:
+        metrics |= last_evaluation(trainer)
+    save(trainer, metrics)
+    return trainer
+
+
+def fill_feature_cache(
+    model: MiniMindVForConditionalGeneration,
+    processor: MiniMindVProcessor,
+    datasets: list[MiniMindVDataset],
+    arguments: TrainArguments,
+) -> ImageFeatureCache:
+    """The cache with the features of all images, of which each process encodes its share; the tower is prepared."""
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+    cache = ImageFeatureCache(arguments.cache_image_features, model, processor, dtype)
+    model.model.vision_tower.to(arguments.device)
+    for dataset in datasets:
+        share = Subset(dataset, range(arguments.process_index, len(dataset), arguments.world_size))
+        cache.fill(share, workers=arguments.dataloader_num_workers)
+    PartialState().wait_for_everyone()
+    cache.refresh()
+    pass_features_through(model)
+    return cache
+
+
+def hold_out(dataset: Dataset, arguments: TrainArguments) -> tuple[Subset, Subset]:
+    """The rows to train on, and a random `eval_fraction` of them to hold out.
+
+    Raises:
+        ValueError: No row would be left to train on.
+    """
+    count = max(1, round(arguments.eval_fraction * len(dataset)))
+    if count == len(dataset):
+        raise ValueError(f"--eval-fraction {arguments.eval_fraction} of {count} rows leaves none to train on.")
+    rng = torch.Generator().manual_seed(arguments.data_seed or arguments.seed)
+    training, held_out = random_split(dataset, [len(dataset) - count, count], rng)
+    return training, held_out
+
+
+def run(trainer: Trainer) -> dict[str, float]:
+    """Trains, from the last checkpoint where that is asked for.
+
+    Returns:
+        Metrics of the training.
+
+    Raises:
+        SystemExit: Stopped by a signal, after a checkpoint was saved.
+    """
+    arguments = trainer.args
     if trainer.is_world_process_zero():
-        moving = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        every = sum(parameter.numel() for parameter in model.parameters())
-        print(f"Stage {arguments.stage}: {moving / 1e6:.2f}M of {every / 1e6:.2f}M parameters move; "
-              f"{len(dataset)} rows")  # fmt: skip
+        parameters = list(trainer.model.parameters())
+        trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        total = sum(parameter.numel() for parameter in parameters)
+        print(
+            f"Stage {arguments.stage}: {trainable / 1e6:.2f}M of {total / 1e6:.2f}M parameters are trainable; "
+            f"{len(trainer.train_dataset)} rows"
+        )
     resume = arguments.resume_from_checkpoint
     if resume in ("True", "true", "latest"):
         resume = last_checkpoint(arguments.output_dir)
         if resume is None:
             print(f"There is no checkpoint in {arguments.output_dir} yet: starting at the beginning.")
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
     result = trainer.train(resume_from_checkpoint=resume)
     if stop.received is not None:
         raise SystemExit(
             f"Stopped after step {trainer.state.global_step}; the checkpoint is saved. Go on with the same command "
             "and --resume-from-checkpoint latest."
         )
-    metrics = result.metrics | {"rows_left_out": left_out + len(collator.dropped)}
-    if held_out is not None:
-        evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-        fresh = evaluated and evaluated[-1]["step"] == trainer.state.global_step
-        found = evaluated[-1] if fresh else trainer.evaluate()
-        metrics |= {name: value for name, value in found.items() if name.startswith("eval_")}
-    save(trainer, metrics)
-    return trainer
+    return result.metrics
+
+
+def last_evaluation(trainer: Trainer) -> dict[str, float]:
+    """Metrics of the held-out rows after the last step, evaluated now if they have not been."""
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    fresh = evaluations and evaluations[-1]["step"] == trainer.state.global_step
+    found = evaluations[-1] if fresh else trainer.evaluate()
+    return {name: value for name, value in found.items() if name.startswith("eval_")}
 
 
 def save(trainer: Trainer, metrics: dict[str, float]) -> None:
@@ -253,6 +297,26 @@ def save(trainer: Trainer, metrics: dict[str, float]) -> None:
         write_model_card(trainer, metrics)
 
 
-def main(arguments: list[str]) -> None:
-    parser = HfArgumentParser(TrainArguments, prog="python -m minimind_v.training train")
-    train(*parser.parse_args_into_dataclasses(arguments))
+class TrainParser(HfArgumentParser):
+    """Its errors are one line, as those of the other commands."""
+
+    def error(self, message: str) -> NoReturn:
+        message = " ".join(message.split()).rstrip(".")
+        self.exit(2, f"error: {message}. See {self.prog} --help.\n")
+
+
+def main(argv: list[str]) -> None:
+    """The command `minimind-v train`.
+
+    Args:
+        argv: Everything after `minimind-v train`.
+
+    Raises:
+        SystemExit: Help (status 0), a mistyped command line (status 2), or as [`train`].
+    """
+    parser = TrainParser(TrainArguments, prog="minimind-v train")
+    try:
+        arguments = TrainArguments(**vars(parser.parse_args(argv)))
+    except ValueError as error:  # values that do not go together
+        parser.error(str(error))
+    train(arguments)

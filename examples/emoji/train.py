@@ -67,7 +67,7 @@ def main() -> None:
     if not (work / "chats/train.jsonl").exists():
         run("chats", HERE / "chats.py", "--data", data, "--output", work / "chats", minutes=minutes)
 
-    training = ["-m", "minimind_v.training", "train", "--data", work / "chats/train.jsonl"]
+    training = ["-m", "minimind_v_cli", "train", "--data", work / "chats/train.jsonl"]
     training += ["--cache-image-features", work / "features", "--report-to", "none", "--logging-steps", "50"]
     training += ["--per-device-train-batch-size", "64", "--adam-beta2", "0.98", "--resume-from-checkpoint", "latest"]
     training += ["--model", work / "start", "--output-dir", work / "sft", "--stage", "sft", "--max-steps", "2400"]

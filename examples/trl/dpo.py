@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 from trl import DPOConfig, DPOTrainer
 
 from minimind_v import EMBEDDED_MODEL  # the import also lets the Auto classes know the model
+from minimind_v.training import freeze
 
 parser = HfArgumentParser(DPOConfig)
 parser.set_defaults(output_dir="minimind-v-dpo", learning_rate=1e-4, num_train_epochs=5, logging_steps=1)
@@ -15,7 +16,7 @@ parser.set_defaults(max_length=None, bf16=False)
 (arguments,) = parser.parse_args_into_dataclasses()
 
 model = AutoModelForImageTextToText.from_pretrained(EMBEDDED_MODEL, dtype="float32")
-model.model.vision_tower.requires_grad_(False)
+freeze(model, "sft")
 trainer = DPOTrainer(
     model,
     args=arguments,

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 from trl import GRPOConfig, GRPOTrainer
 
 from minimind_v import EMBEDDED_MODEL  # the import also lets the Auto classes know the model
+from minimind_v.training import freeze
 
 
 def names_the_thing(completions: list[Any], name: list[str], **kwargs: Any) -> list[float]:
@@ -25,7 +26,7 @@ parser.set_defaults(temperature=2.0)  # this model is so sure of its answers tha
 (arguments,) = parser.parse_args_into_dataclasses()
 
 model = AutoModelForImageTextToText.from_pretrained(EMBEDDED_MODEL, dtype="float32")
-model.model.vision_tower.requires_grad_(False)
+freeze(model, "sft")
 trainer = GRPOTrainer(
     model,
     reward_funcs=names_the_thing,

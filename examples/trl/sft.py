@@ -1,7 +1,7 @@
 """Supervised fine-tuning with TRL: python examples/trl/sft.py --output_dir my-model
 
 TRL's own collator; `assistant_only_loss` uses the chat template's generation blocks, so that prompt and image tokens
-carry no loss. A mixture of experts gets TRL's router loss (the mean over the layers) and not the original's (the
+are not trained on. A mixture of experts gets TRL's router loss (the mean over the layers) and not the original's (the
 sum).
 """
 
@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 from trl import SFTConfig, SFTTrainer
 
 from minimind_v import EMBEDDED_MODEL  # the import also lets the Auto classes know the model
+from minimind_v.training import freeze
 
 parser = HfArgumentParser(SFTConfig)
 parser.set_defaults(output_dir="minimind-v-sft", learning_rate=1e-3, num_train_epochs=5, logging_steps=1)
@@ -17,7 +18,7 @@ parser.set_defaults(assistant_only_loss=True, max_length=None, bf16=False)
 (arguments,) = parser.parse_args_into_dataclasses()
 
 model = AutoModelForImageTextToText.from_pretrained(EMBEDDED_MODEL, dtype="float32")
-model.model.vision_tower.requires_grad_(False)
+freeze(model, "sft")
 trainer = SFTTrainer(
     model,
     arguments,
