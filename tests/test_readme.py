@@ -82,12 +82,3 @@ def test_readme_names_files_that_exist():
     for name in re.findall(names, README, flags=re.MULTILINE):
         for path in filter(None, name):
             assert (REPOSITORY / path).exists(), path
-
-
-@pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="the sources are not a clone")
-def test_repository_is_light():
-    tracked = subprocess.check_output(["git", "ls-files", "-z"], cwd=REPOSITORY, text=True).split("\0")
-    sizes = {path: (REPOSITORY / path).stat().st_size for path in tracked if path and (REPOSITORY / path).exists()}
-    assert sum(size for path, size in sizes.items() if path.startswith(("checkpoints/", "examples/"))) < 40e6
-    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) < 15e6
-    assert not [path for path in tracked if path.endswith((".bin", ".pth", ".pt", ".pkl"))]

@@ -230,7 +230,7 @@ def hold_out(dataset: Dataset, arguments: TrainArguments) -> tuple[Subset, Subse
     count = max(1, round(arguments.eval_fraction * len(dataset)))
     if count == len(dataset):
         raise ValueError(f"--eval-fraction {arguments.eval_fraction} of {count} rows leaves none to train on.")
-    rng = torch.Generator().manual_seed(arguments.data_seed or arguments.seed)
+    rng = torch.Generator().manual_seed(arguments.seed if arguments.data_seed is None else arguments.data_seed)
     training, held_out = random_split(dataset, [len(dataset) - count, count], rng)
     return training, held_out
 
