@@ -335,7 +335,9 @@ def test_chat_in_a_terminal(tmp_path):
         return wait(expected, count)
 
     def wait(expected, count=1):
+        deadline = time.monotonic() + 60
         while "status" not in (screen := tmux("capture-pane", "-p", "-J", "-t", "chat")):  # until the command ends
+            assert time.monotonic() < deadline, screen
             if screen.count(expected) >= count and screen.rstrip().endswith(">"):
                 return screen
             time.sleep(0.1)

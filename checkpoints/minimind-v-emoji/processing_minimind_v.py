@@ -162,7 +162,9 @@ class MiniMindVProcessor(ProcessorMixin):
                 if found := [token for token in control_tokens if token in (part.get("text") or "")]:
                     advice = "Remove it; pass an image as an image part."
                     since = "(From transformers 5.23 on, sanitize_control_tokens=True keeps it as plain text.)"
-                    raise ValueError(f"A {role} message contains the control token {found[0]!r}. {advice} {since}")
+                    raise ValueError(
+                        f"A {role} message contains the control token {found[0]!r} as text. {advice} {since}"
+                    )
 
 
 # --- Pipeline --------------------------------------------------------------------------------------------------------
