@@ -6,7 +6,14 @@ import json
 import pytest
 from conftest import IDS, KINDS, make_config, make_text_config
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, SiglipVisionConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPConfig,
+    CLIPVisionConfig,
+    SiglipVisionConfig,
+)
 
 from minimind_v import MiniMindConfig, MiniMindVConfig
 
@@ -134,3 +141,15 @@ def test_saved_files_have_no_labels_of_classifiers(tower, moe, tmp_path):
     assert "label2id" not in (tmp_path / "config.json").read_text()
     make_text_config(moe).save_pretrained(tmp_path)
     assert "label2id" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("auto", [AutoConfig, AutoProcessor, AutoModelForImageTextToText])
+def test_old_conversions_say_what_to_do(auto, make_processor, tmp_path):
+    """MiniMind2 converted by an earlier version: an image was a run of the character `@`."""
+    make_processor("clip").save_pretrained(tmp_path)
+    make_config("clip").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["original_generation"] = "minimind2-early"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"^This checkpoint writes an image as 196 times '@'\. Convert .* again\.$"):
+        auto.from_pretrained(tmp_path)

@@ -312,12 +312,6 @@ def test_control_tokens_typed_by_a_user_are_refused(token, processor, encode):
             encode(processor, chat)
 
 
-def test_old_conversions_say_what_to_do(make_processor):
-    """MiniMind2 converted by an earlier version: an image was a run of the character `@`."""
-    with pytest.raises(ValueError, match=r"'@@@@@@@@@@@@@@@@' is 16.*convert the original's weights again"):
-        make_processor("clip", image_token="@" * 16)
-
-
 def test_truncation_never_cuts_a_picture(processor):
     options = {"images": [[picture()]], "truncation": True, "return_tensors": "pt"}
     text = ["<|image_pad|>What is this? Describe the picture."]

@@ -1,7 +1,6 @@
 """Configurations of MiniMind-V: `MiniMindConfig` for the decoder, `MiniMindVConfig` for tower + projector + decoder.
 
-The decoder's fields carry the names of `Qwen3MoeConfig`: MiniMind-3 *is* Qwen3 (dense) or Qwen3-MoE (experts), and
-MiniMind2 is the same without q/k norm, with always-on shared experts.
+The decoder extends `Qwen3MoeConfig`: MiniMind-3 *is* Qwen3 or Qwen3-MoE, MiniMind2 has shared experts, no q/k norm.
 """
 
 import copy
@@ -32,7 +31,6 @@ class MiniMindConfig(Qwen3MoeConfig):
     base_config_key = "text_config"
     keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss"]
     default_theta = 1_000_000.0
-    base_model_ep_plan = None
 
     vocab_size: int = 6400
     hidden_size: int = 768
@@ -126,6 +124,10 @@ class MiniMindVConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = MiniMindConfig(**copy.deepcopy(self.text_config or {}))
+        if getattr(self.text_config, "original_generation", "").startswith(
+            "minimind2"
+        ):  # as earlier versions wrote it
+            raise ValueError("This checkpoint writes an image as 196 times '@'. Convert the original's weights again.")
         if not isinstance(self.vision_config, PreTrainedConfig):
             released = {"image_size": 256, "patch_size": 32, "vision_use_head": False}
             vision_config = released if self.vision_config is None else copy.deepcopy(self.vision_config)
@@ -147,8 +149,7 @@ class MiniMindVConfig(PreTrainedConfig):
         self.vision_feature_select_strategy = self.vision_feature_select_strategy or strategy
         self.image_seq_length = self.image_seq_length or self._count_image_tokens()
         if not __name__.startswith("transformers_modules."):
-            # With it, `pipeline` would demand trust_remote_code of an installed package; `to_dict` writes it again.
-            kwargs.pop("custom_pipelines", None)
+            kwargs.pop("custom_pipelines", None)  # with it, `pipeline` asks an installed package for trust_remote_code
         super().__post_init__(**kwargs)
 
     def _has_cls_token(self) -> bool:
