@@ -176,10 +176,9 @@ class MiniMindVConfig(PreTrainedConfig):
             output[name]["dtype"] = output.get("dtype")
         output.pop("use_cache", None)  # Trainer turns it off while it trains
         heads = [f"AutoModelFor{kind}" for kind in ("CausalLM", "ImageTextToText", "MultimodalLM")]
-        output["auto_map"] = {
+        output["auto_map"] = dict.fromkeys(heads, "modeling_minimind_v.MiniMindVForConditionalGeneration") | {
             "AutoConfig": "configuration_minimind_v.MiniMindVConfig",
             "AutoModel": "modeling_minimind_v.MiniMindVModel",
-            **dict.fromkeys(heads, "modeling_minimind_v.MiniMindVForConditionalGeneration"),
             "AutoProcessor": "processing_minimind_v.MiniMindVProcessor",
         }
         pipeline = {"impl": "processing_minimind_v.MiniMindVImageToTextPipeline", "type": "multimodal"}

@@ -330,6 +330,8 @@ def test_prompt_longer_than_the_model_is_refused(processor, caplog):
 def test_impossible_image_token_is_refused(make_processor):
     with pytest.raises(ValueError, match="image_token must be one token of the tokenizer; 'two tokens' is"):
         make_processor(image_token="two tokens")
+    with pytest.raises(ValueError, match=r"'@@@@@@@@@@@@@@@@' is 16\. .* must be converted again"):  # earlier versions
+        make_processor("clip", image_token="@" * 16)
 
 
 # --- Saved and loaded -----------------------------------------------------------------------------------------------
