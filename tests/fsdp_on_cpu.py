@@ -14,3 +14,4 @@ assert arguments.device.type == "cpu"  # asking sets up the processes
 PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 trainer = train(arguments)
 assert trainer.accelerator.is_fsdp2
+trainer.accelerator.end_training()

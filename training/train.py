@@ -262,6 +262,7 @@ def run(trainer: Trainer) -> dict[str, float]:
     trainer.add_callback(stop)
     result = trainer.train(resume_from_checkpoint=resume)
     if stop.received is not None:
+        trainer.accelerator.wait_for_everyone()  # the launcher ends all when one exits, and process 0 may still save
         raise SystemExit(
             f"Stopped after step {trainer.state.global_step}; the checkpoint is saved. Go on with the same command "
             "and --resume-from-checkpoint latest."
@@ -295,6 +296,7 @@ def save(trainer: Trainer, metrics: dict[str, float]) -> None:
     if trainer.is_world_process_zero():
         plot_losses(trainer.state.log_history, folder / "loss_curve.png")
         write_model_card(trainer, metrics)
+    trainer.accelerator.wait_for_everyone()  # when train() returns, all is written
 
 
 class TrainParser(HfArgumentParser):
@@ -319,4 +321,5 @@ def main(argv: list[str]) -> None:
         arguments = TrainArguments(**vars(parser.parse_args(argv)))
     except ValueError as error:  # values that do not go together
         parser.error(str(error))
-    train(arguments)
+    trainer = train(arguments)
+    trainer.accelerator.end_training()  # else torch's threads may abort the process as it ends
