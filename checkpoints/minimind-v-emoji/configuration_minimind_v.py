@@ -124,10 +124,9 @@ class MiniMindVConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = MiniMindConfig(**copy.deepcopy(self.text_config or {}))
-        if getattr(self.text_config, "original_generation", "").startswith(
-            "minimind2"
-        ):  # as earlier versions wrote it
-            raise ValueError("This checkpoint writes an image as 196 times '@'. Convert the original's weights again.")
+        if getattr(self.text_config, "original_generation", "").startswith("minimind2"):
+            made = "was converted by an earlier version, which wrote an image as 196 times '@'"
+            raise ValueError(f"This checkpoint {made}. Convert the original's weights again (minimind-v convert).")
         if not isinstance(self.vision_config, PreTrainedConfig):
             released = {"image_size": 256, "patch_size": 32, "vision_use_head": False}
             vision_config = released if self.vision_config is None else copy.deepcopy(self.vision_config)

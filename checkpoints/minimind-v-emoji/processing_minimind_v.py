@@ -58,7 +58,9 @@ class MiniMindVProcessor(ProcessorMixin):
             tokenizer.init_kwargs.pop(name, None)
         ids = tokenizer.encode(self.image_token, add_special_tokens=False)
         if len(ids) != 1:
-            advice = "A checkpoint that writes an image as 196 times '@' must be converted again."
+            advice = (
+                "A checkpoint of an earlier version, which wrote an image as 196 times '@', must be converted again."
+            )
             given = f"{self.image_token[:20]!r} is {len(ids)}"
             raise ValueError(f"image_token must be one token of the tokenizer; {given}. {advice}")
         self.image_token_id = ids[0]
