@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from transformers import PreTrainedModel
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
 
 
-def count_parameters(model: torch.nn.Module) -> dict[str, int]:
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     """Number of parameters of each part: "tower", "projector", "decoder", and with experts "active".
 
     "active" is the decoder without the experts that a token skips.

@@ -7,6 +7,7 @@ answered at once; each command imports what it runs. For the same reason this fo
 
 import argparse
 import difflib
+import io
 import math
 import re
 import sys
@@ -469,7 +470,8 @@ def main(argv: list[str] | None = None) -> None:
             `--debug` shows its traceback), and with the status of a command that ends with one.
     """
     # Chinese also where the terminal or the pipe is not UTF-8, and file names of any bytes
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     arguments = parse(sys.argv[1:] if argv is None else argv)
     run, parser, debug = (arguments.pop(name) for name in ("run", "parser", "debug"))
     try:

@@ -68,7 +68,7 @@ def text_config(
     if is_moe:
         released |= RELEASED_MINIMIND3_EXPERTS if is_minimind3 else RELEASED_MINIMIND2_EXPERTS
     assumed = [f"{name} = {value}" for name, value in released.items() if name not in given]
-    values = released | given
+    values: dict[str, Any] = {**released, **given}
 
     sizes = decoder_sizes(shapes, None if is_minimind3 else values["num_attention_heads"])
     if is_moe:
@@ -79,12 +79,13 @@ def text_config(
         if given.get(name, value) != value:
             raise ValueError(f"The configuration says {name} = {given[name]}, but the tensors say {value}.")
 
-    fields = {name: values[name] for name in ("rms_norm_eps", "max_position_embeddings", "hidden_act")}
+    fields: dict[str, Any] = {name: values[name] for name in ("rms_norm_eps", "max_position_embeddings", "hidden_act")}
     fields |= {"use_qk_norm": is_minimind3, "tie_word_embeddings": values.get("tie_word_embeddings", True)}
     fields |= {"rope_parameters": rope_parameters(values), "intermediate_size": values.get("intermediate_size")}
     if is_moe:
         fields |= router_fields(values, is_minimind3)
-    return MiniMindConfig(**fields | sizes, original_release=release), assumed
+    fields |= {**sizes, "original_release": release}
+    return MiniMindConfig(**fields), assumed
 
 
 def decoder_sizes(shapes: dict[str, torch.Size], heads: int | None) -> dict[str, int]:
@@ -150,7 +151,7 @@ def vision_config(shapes: dict[str, torch.Size]) -> tuple[PreTrainedConfig, list
         )
     is_clip = TOWER + "embeddings.class_embedding" in shapes
     grid = math.isqrt(shapes[TOWER + "embeddings.position_embedding.weight"][0])  # CLIP's CLS adds one, not a row
-    fields = {
+    fields: dict[str, Any] = {
         "hidden_size": hidden_size,
         "patch_size": patch_size,
         "image_size": grid * patch_size,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -13,10 +13,21 @@ from ..configuration_minimind_v import MiniMindConfig, MiniMindVConfig
 from ..modeling_minimind_v import MiniMindForCausalLM, MiniMindVForConditionalGeneration, MiniMindVMultiModalProjector
 from ..processing_minimind_v import MiniMindVProcessor
 from .configurations import text_config
-from .key_maps import LANGUAGE_MODEL, PROJECTOR, RELEASES, TOWER, detect_release, from_original, ignored_reason, rename
+from .key_maps import (
+    LANGUAGE_MODEL,
+    PROJECTOR,
+    RELEASES,
+    TOWER,
+    detect_release,
+    from_original,
+    ignored_reason,
+    rename_all,
+)
 from .reading import is_local, read_checkpoint
 from .tokenizers import IMAGE_TOKEN, IMAGE_TOKEN_IDS, wrap_tokenizer
 from .towers import make_image_processor, read_tower
+
+Source = TypeVar("Source", bound=dict[str, Any] | str | Path | None)
 
 
 @dataclass(frozen=True)
@@ -90,9 +101,8 @@ def convert_checkpoint(
         ...                          tokenizer="minimind-v/model"))
     """
     output = Path(output).expanduser()
-    checkpoint, vision_encoder, tokenizer, original_config = (
-        find_source(source, output) for source in (checkpoint, vision_encoder, tokenizer, original_config)
-    )
+    checkpoint, vision_encoder = find_source(checkpoint, output), find_source(vision_encoder, output)
+    tokenizer, original_config = find_source(tokenizer, output), find_source(original_config, output)
     with atomic_output(output, overwrite) as folder, tqdm(total=4, desc="reading", unit="step") as progress:
         state, arguments, files = read_checkpoint(checkpoint)
         if original_config is not None:
@@ -106,7 +116,7 @@ def convert_checkpoint(
         model = fill_model(config, state)
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
         if dtype is not None:
-            model.to(dtype)
+            model.to(dtype)  # pyright: ignore[reportArgumentType] - the library's wrapper of it loses `self`
         elif len(dtypes) > 1:
             notes.append(f"tensors of {' and '.join(dtypes)}, kept as they are; make them one with --dtype")
         advance(progress, "writing")
@@ -117,12 +127,12 @@ def convert_checkpoint(
         if tokenizer is None:
             notes.append("no tokenizer was given: the output has no processor; name one with --tokenizer")
         else:
-            save_processor(config, folder, release, tokenizer, vision_encoder)
+            save_processor(model, folder, release, tokenizer, vision_encoder)
         progress.update()
     return Summary(output, release, config, count_parameters(model), notes)
 
 
-def find_source(source: dict[str, Any] | str | Path | None, output: Path) -> dict[str, Any] | str | Path | None:
+def find_source(source: Source, output: Path) -> Source | Path:
     """The path of a local source, which must not lie in the output; anything else as it is."""
     if source is None or isinstance(source, dict) or not is_local(source):
         return source
@@ -158,12 +168,13 @@ def map_tensors(
     reasons = [reason for name in state if (reason := ignored_reason(name))]
     notes = [f"ignored {reasons.count(reason)} tensors: {reason}" for reason in sorted(set(reasons))]
     state = {name: tensor for name, tensor in state.items() if not ignored_reason(name)}
-    names = {name: rename(name, release) for name in state}
-    if unknown := sorted(name for name, ours in names.items() if ours is None):
+    names = rename_all(state, release)
+    if unknown := sorted(state.keys() - names.keys()):
         raise ValueError(f"Unknown tensors for {release}: {shorten(unknown)}. Choose another file or release.")
     shapes = {names[name]: tensor.shape for name, tensor in state.items()}
     try:
         config, assumed = text_config(shapes, release, arguments)
+        assert config.head_dim is not None  # the tensors tell it
         state = from_original(state, release, config.head_dim)
     except KeyError as error:
         raise ValueError(f"Missing tensor for {release}: {error.args[0]}. Choose another file or release.") from None
@@ -266,15 +277,15 @@ def save_model(model: MiniMindForCausalLM | MiniMindVForConditionalGeneration, f
 
 
 def save_processor(
-    config: MiniMindConfig | MiniMindVConfig,
+    model: MiniMindForCausalLM | MiniMindVForConditionalGeneration,
     folder: Path,
     release: str,
     tokenizer: str | Path,
     vision_encoder: str | Path | None,
 ) -> None:
     """The processor, or for a text-only model the tokenizer."""
-    processor = wrap_tokenizer(tokenizer, release, config.get_text_config().max_position_embeddings)
-    if isinstance(config, MiniMindVConfig):
-        image_processor = make_image_processor(config.vision_config, vision_encoder)
-        processor = MiniMindVProcessor(image_processor, processor, config.image_seq_length, IMAGE_TOKEN)
+    processor = wrap_tokenizer(tokenizer, release, model.config.get_text_config().max_position_embeddings)
+    if isinstance(model, MiniMindVForConditionalGeneration):
+        image_processor = make_image_processor(model.model.vision_tower.config, vision_encoder)
+        processor = MiniMindVProcessor(image_processor, processor, model.config.image_seq_length, IMAGE_TOKEN)
     processor.save_pretrained(folder)

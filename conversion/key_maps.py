@@ -92,6 +92,11 @@ def rename(name: str, release: str, to_original: bool = False) -> str | None:
     return None
 
 
+def rename_all(names: Iterable[str], release: str, to_original: bool = False) -> dict[str, str]:
+    """The new name of each tensor that has one, as [`rename`] gives it."""
+    return {name: new for name in names if (new := rename(name, release, to_original)) is not None}
+
+
 def rotate_rows(weight: torch.Tensor, head_dim: int, to_original: bool = False) -> torch.Tensor:
     """Row order of q and k `[heads * head_dim, hidden]`: the first release rotates adjacent pairs, others halves."""
     pairs = (2, head_dim // 2) if to_original else (head_dim // 2, 2)
@@ -106,7 +111,8 @@ def from_original(state: dict[str, torch.Tensor], release: str, head_dim: int) -
         release: One of [`RELEASES`].
         head_dim: Size of one attention head of the decoder.
     """
-    out = {rename(name, release): tensor for name, tensor in state.items()}
+    names = rename_all(state, release)
+    out = {names[name]: tensor for name, tensor in state.items()}
     if release == "minimind2-early":
         out = {n: rotate_rows(t, head_dim) if QUERY_OR_KEY.fullmatch(n) else t for n, t in out.items()}
     for prefix in sorted({match[1] for match in map(EXPERT.fullmatch, out) if match}):
@@ -139,7 +145,7 @@ def to_original(
     state: dict[str, torch.Tensor], release: str, head_dim: int, num_shared_experts: int
 ) -> dict[str, torch.Tensor]:
     """The inverse of [`from_original`]; `num_shared_experts` is the number that one joint matrix holds."""
-    split = {}
+    split: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         prefix, _, matrix = name.rpartition("experts.")
         if name.endswith(".mlp.experts.gate_up_proj"):
@@ -155,4 +161,5 @@ def to_original(
             split[name] = tensor
     if release == "minimind2-early":
         split = {n: rotate_rows(t, head_dim, True) if QUERY_OR_KEY.fullmatch(n) else t for n, t in split.items()}
-    return {rename(name, release, to_original=True): tensor.contiguous() for name, tensor in split.items()}
+    names = rename_all(split, release, to_original=True)
+    return {names[name]: tensor.contiguous() for name, tensor in split.items()}

@@ -14,12 +14,11 @@ from transformers import (
 )
 
 from ..common import atomic_output
-from ..configuration_minimind_v import MiniMindConfig
 from ..conversion.key_maps import LANGUAGE_MODEL
 from .reading import read_own_checkpoint
 
 
-def library_config(text: MiniMindConfig) -> PreTrainedConfig:
+def library_config(text: PreTrainedConfig) -> PreTrainedConfig:
     """Configuration of the library's decoder with the same shapes: Qwen3-MoE, Qwen3, or without q/k norm Llama."""
     config_class = Qwen3MoeConfig if text.use_moe else Qwen3Config if text.use_qk_norm else LlamaConfig
     own = {"model_type", "architectures", "transformers_version", "layer_types"}

@@ -22,7 +22,7 @@ from .. import EMBEDDED_MODEL
 from ..image_loading_minimind_v import load_image
 from .engine import Engine, encode, note, question, report_speed, start_process
 
-TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
+ERRORS = "surrogateescape"  # file names may be any bytes
 ADDRESSES = ("http://", "https://", "data:")
 FIELDS = ("image", "prompt", "model", "caption")
 Record = dict[str, str]  # of these fields: one line of the output
@@ -78,9 +78,9 @@ def read_records(path: Path) -> list[Record]:
     whole = content[: content.rfind(b"\n") + 1]
     start, rest = b'{"image": ', content[len(whole) :]
     try:
-        records = [json.loads(line.decode(**TEXT)) for line in whole.splitlines()]
+        records = [json.loads(line.decode("utf-8", ERRORS)) for line in whole.splitlines()]
     except ValueError:
-        records = [None]
+        records = [{}]
     is_ours = all(isinstance(record, dict) and set(FIELDS) <= record.keys() for record in records)
     if not is_ours or rest[: len(start)] != start[: len(rest)]:
         raise ValueError(f"{path} holds something else than captions and is left as it is. Choose another --output.")
@@ -99,7 +99,7 @@ def merge(output: Path, images: list[str]) -> list[Record]:
         order = {image: number for number, image in enumerate(images)}
         records.sort(key=lambda record: order.get(record["image"], -1))
         complete = output.with_name(f"{output.name}.merging")
-        complete.write_text("".join(map(to_line, records)), **TEXT)
+        complete.write_text("".join(map(to_line, records)), encoding="utf-8", errors=ERRORS)
         os.replace(complete, output)
         for part in parts:
             part.unlink()
@@ -135,7 +135,8 @@ def caption_batches(
     read = functools.partial(
         read_batch, processor=engine.processor, prompt=prompt, template_options=engine.template_options
     )
-    loader = DataLoader(images, batch_size, num_workers=workers, collate_fn=read, worker_init_fn=ignore_interruption)
+    paths: Any = images  # a list is a dataset too
+    loader = DataLoader(paths, batch_size, num_workers=workers, collate_fn=read, worker_init_fn=ignore_interruption)
     for names, inputs, errors in loader:
         captions = zip(names, engine.answer(inputs), strict=True) if names else ()
         yield [dict(zip(FIELDS, (name, prompt, model, text), strict=True)) for name, text in captions], errors
@@ -153,7 +154,10 @@ def write_batches(batches: Iterable[tuple[list[Record], list[str]]], output: Pat
         Number of errors.
     """
     broken = 0
-    with bar, open(output, "a", **TEXT) if output else contextlib.nullcontext(sys.stdout) as file:
+    with (
+        bar,
+        open(output, "a", encoding="utf-8", errors=ERRORS) if output else contextlib.nullcontext(sys.stdout) as file,
+    ):
         for records, errors in batches:
             file.writelines(map(to_line, records))
             file.flush()  # so that an interruption loses no more than a batch
@@ -199,18 +203,19 @@ def caption_images(
     left = skip_captioned(images, prompt, model, output, state) if output else images
 
     counts = (0, 0, 0.0)  # broken images, tokens, seconds of this process
-    with state.split_between_processes(left) as share:
+    with state.split_between_processes(left) as split:
+        share: Any = split  # a list as `left`; the library says any of what it can split
         if share:
             engine = Engine(**options)
             # A bar would stand between the lines of a terminal; `None` hides it where stderr is none.
             has_room = len(left) > batch_size and (output or not sys.stdout.isatty()) and state.is_local_main_process
             bar = tqdm(total=len(share), unit="picture", disable=None if has_room else True)
             batches = caption_batches(engine, share, prompt, model, batch_size, workers)
-            part = output.with_name(f"{output.name}.part-{state.process_index}") if several else output
+            part = output.with_name(f"{output.name}.part-{state.process_index}") if several and output else output
             counts = write_batches(batches, part, bar), engine.tokens, engine.seconds
 
     broken, tokens, seconds = zip(*gather_object([counts]), strict=True)
-    if several and state.is_main_process:
+    if several and output and state.is_main_process:
         merge(output, images)
     if state.is_main_process and any(tokens):
         report_speed(sum(tokens), max(seconds))

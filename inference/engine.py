@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from .. import EMBEDDED_MODEL
 from ..common import count_parameters
+from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 
 DEFAULT_MAX_NEW_TOKENS = 512  # the original's
 
@@ -53,7 +54,7 @@ def start_process(device: str) -> PartialState:
     return PartialState(cpu=on_cpu, timeout=timedelta(days=30))
 
 
-def store_column_major(model: PreTrainedModel) -> None:
+def store_column_major(model: MiniMindVForConditionalGeneration) -> None:
     """Stores the weights of the decoder's linear layers column-major in memory; values and shapes stay.
 
     A CPU then decodes one row of float32 about 1.3 times as fast, because PyTorch's matrix product (MKL) reads such
@@ -64,7 +65,7 @@ def store_column_major(model: PreTrainedModel) -> None:
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
-def load_model(source: str | Path, device: torch.device, dtype: str = "auto") -> PreTrainedModel:
+def load_model(source: str | Path, device: torch.device, dtype: str = "auto") -> MiniMindVForConditionalGeneration:
     """A vision-language checkpoint of this package, ready to answer.
 
     Args:
@@ -82,7 +83,8 @@ def load_model(source: str | Path, device: torch.device, dtype: str = "auto") ->
     on_cpu = device.type == "cpu"
     if dtype == "auto" and on_cpu:
         dtype = "float32"
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(device).eval()
+    model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+    model.to(device).eval()
     if on_cpu and model.dtype == torch.float32:
         store_column_major(model)
     return model
@@ -139,6 +141,7 @@ class Engine:
     ) -> None:
         logging.disable_progress_bar()
         source, state = model or EMBEDDED_MODEL, start_process(device)
+        assert state.device is not None  # as it is only before it is set up
         self.device = state.device
         self.model = load_model(source, self.device, dtype)
         self.processor = AutoProcessor.from_pretrained(source)
@@ -154,7 +157,8 @@ class Engine:
         if compile:
             config.cache_implementation = "static"  # with it, generate() compiles its steps by itself,
             config.compile_config = CompileConfig()
-            config.compile_config._compile_all_devices = True  # which the library does not do on a CPU unless told
+            # which the library does not do on a CPU unless told (by an attribute that it annotates as None).
+            config.compile_config._compile_all_devices = True  # pyright: ignore[reportAttributeAccessIssue]
 
         # MiniMind-3 has one name for it, MiniMind2 the other.
         switches = [n for n in ("open_thinking", "enable_thinking") if n in (self.processor.chat_template or "")]
@@ -175,11 +179,12 @@ class Engine:
             One answer per row.
         """
         length = inputs["input_ids"].shape[1]
-        positions = self.model.config.text_config.max_position_embeddings
+        positions = self.model.config.get_text_config().max_position_embeddings
         longest = max(1, min(self.model.generation_config.max_new_tokens, positions - length))
         streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         start = time.perf_counter()
-        sequences = self.model.generate(
+        # The library's protocol for `self` asks for attributes that few of its own models have
+        sequences = self.model.generate(  # pyright: ignore[reportAttributeAccessIssue]
             **inputs.to(self.device), max_new_tokens=longest, streamer=streamer if stream else None
         )
         answers = sequences[:, length:].cpu()

@@ -72,8 +72,9 @@ def card_data(
         defaults |= {"eval_results": results, "model_name": name}
     data = ModelCardData(**defaults | own)
     data.license = license or data.license
-    data.tags = list(dict.fromkeys([*(data.tags or []), "image-to-text", "minimind_v", "vision-language-model"]))
-    data.widget = [{"src": "example.png", "text": PROMPT, "output": {"text": caption}}]
+    tags = [*(data.tags or []), "image-to-text", "minimind_v", "vision-language-model"]
+    data.tags = list(dict.fromkeys(tags))
+    data["widget"] = [{"src": "example.png", "text": PROMPT, "output": {"text": caption}}]
     return data
 
 
@@ -95,7 +96,8 @@ def training_facts(found: dict[str, Any]) -> dict[str, Any]:
 
 def evaluation(results: dict[str, Any]) -> list[EvalResult]:
     """The metrics of the training run on its held-out data, without its timings."""
-    task = {"task_type": "image-text-to-text", "dataset_type": "held-out", "dataset_name": "held-out data of the run"}
+    task: dict[str, Any] = {"task_type": "image-text-to-text", "dataset_type": "held-out"}
+    task["dataset_name"] = "held-out data of the run"
     return [
         EvalResult(**task, metric_type=name.removeprefix("eval_"), metric_value=value)
         for name, value in results.items()

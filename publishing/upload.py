@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HTTPError,  # httpx's or httpx2's, whichever the library uses
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] - httpx's or httpx2's, whichever the library uses
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
@@ -121,7 +121,7 @@ def check_report(report: Report, folder: Path) -> None:
         raise ValueError(f"{folder} has changed since it was verified: {', '.join(names)}. Verify it again.")
 
 
-def open_repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> str:
+def open_repository(api: HfApi, repo_id: str, private: bool, revision: str | None) -> str | None:
     """Makes repository and branch where there are none.
 
     Returns:
@@ -156,7 +156,7 @@ def find_tag(api: HfApi, repo_id: str, tag: str) -> str | None:
 
 
 def compare(
-    api: HfApi, repo_id: str, revision: str, folder: Path, files: dict[str, str]
+    api: HfApi, repo_id: str, revision: str | None, folder: Path, files: dict[str, str]
 ) -> tuple[list[str], list[str]]:
     """Files of the folder that a commit of the repository lacks or holds otherwise, and those to delete there.
 

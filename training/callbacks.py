@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import reduce
-from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..processing_minimind_v import MiniMindVProcessor
+from .data import Rows
 
 
 class StopOnSignal(TrainerCallback):
@@ -33,9 +33,9 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         # The signal may have reached some processes one step later than others, and all must stop after the same.
-        received = reduce(torch.tensor(self.received or 0, device=args.device), "sum").item()
-        if received:
-            self.received = received
+        received: Any = reduce(torch.tensor(self.received or 0, device=args.device), "sum")
+        if received.item():
+            self.received = received.item()
             control.should_save = control.should_training_stop = True
         return control
 
@@ -47,7 +47,7 @@ class StopOnSignal(TrainerCallback):
 class SampleAnswers(TrainerCallback):
     """After every evaluation, greedy answers to the first held-out rows: printed, and kept in `samples.jsonl`."""
 
-    def __init__(self, rows: Dataset, processor: MiniMindVProcessor, count: int) -> None:
+    def __init__(self, rows: Rows, processor: MiniMindVProcessor, count: int) -> None:
         self.rows, self.processor = rows, processor
         self.count = min(count, len(rows))
 
@@ -67,7 +67,7 @@ class SampleAnswers(TrainerCallback):
             expected = messages[last]["content"]
             lines.append({"step": state.global_step, "row": item["row"], "expected": expected, "answer": answer})
         if state.is_world_process_zero:
-            with open(Path(args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
+            with open(Path(args.output_dir or "") / "samples.jsonl", "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             for line in lines:
                 tqdm.write(f"  row {line['row']}: {line['answer'].strip()!r}; expected {line['expected']!r}")

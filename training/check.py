@@ -15,7 +15,7 @@ from transformers import AutoProcessor
 from .. import EMBEDDED_MODEL
 from ..image_loading_minimind_v import load_image
 from .collator import IGNORE_INDEX, MiniMindVDataCollator
-from .data import MiniMindVDataset, images_of
+from .data import MiniMindVDataset, Rows, images_of
 
 HTML_ROWS = 100  # at most, because the images stand in the page itself
 
@@ -56,7 +56,7 @@ def check(
     return report
 
 
-def inspect_rows(dataset: Dataset, collator: MiniMindVDataCollator, workers: int = 0) -> dict[str, Any]:
+def inspect_rows(dataset: Rows, collator: MiniMindVDataCollator, workers: int = 0) -> dict[str, Any]:
     """Encodes every row, keeping nothing of it but its size.
 
     Returns:
@@ -78,7 +78,7 @@ def inspect_rows(dataset: Dataset, collator: MiniMindVDataCollator, workers: int
 class _RowSizes(Dataset):
     """Item: number of tokens, number of images, and what is wrong with the row or None."""
 
-    def __init__(self, dataset: Dataset, collator: MiniMindVDataCollator) -> None:
+    def __init__(self, dataset: Rows, collator: MiniMindVDataCollator) -> None:
         self.dataset, self.collator = dataset, collator
 
     def __len__(self) -> int:

@@ -83,10 +83,12 @@ class MiniMindVDataCollator:
 
     def encode_images(self, images: list[Any]) -> torch.Tensor:
         """`[N, 3, height, width]`, or the tower's features `[N, positions, width]` where a cache has them."""
-        features = [self.image_features.get(image) if self.image_features else None for image in images]
-        if all(feature is not None for feature in features):
+        cached = [self.image_features.get(image) if self.image_features else None for image in images]
+        features = [feature for feature in cached if feature is not None]
+        if len(features) == len(images):
             return torch.stack(features)
-        pixel_values = self.processor(images=[images], return_tensors="pt")["pixel_values"]
+        samples: list[Any] = [images]
+        pixel_values = self.processor(images=samples, return_tensors="pt")["pixel_values"]
         if self.image_features:
             raise ValueError("a picture is not among the cached image features")
         return pixel_values

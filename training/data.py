@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from ..processing_minimind_v import DEFAULT_PROMPT
 
@@ -195,3 +195,6 @@ class MiniMindVDataset(Dataset):
             return {"messages": normalize_row(self.rows[index], self.folder), "row": index}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"Row {index}: {error}") from error
+
+
+Rows = MiniMindVDataset | Subset[dict[str, Any]]  # all rows of a data source, or some

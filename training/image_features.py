@@ -40,7 +40,7 @@ def content_key(image: Any) -> str:
 
 def fingerprint(model: MiniMindVForConditionalGeneration, processor: MiniMindVProcessor, dtype: torch.dtype) -> str:
     """Hash of all that the features depend on besides the image."""
-    config = model.config.vision_config.to_dict()
+    config = model.model.vision_tower.config.to_dict()
     for name in ("transformers_version", "dtype", "_name_or_path"):
         config.pop(name, None)
     description = [config, processor.image_processor.to_dict(), str(dtype)]
@@ -171,9 +171,9 @@ class ImageFeatureCache:
 
     def _check_space(self, count: int) -> int:
         """Bytes that the features of `count` images take; an OSError if the disk has fewer."""
-        config = self.model.config
-        positions = config.image_seq_length + (config.vision_feature_select_strategy == "default")
-        needed = count * positions * config.vision_config.hidden_size * self.dtype.itemsize
+        config, tower = self.model.config, self.model.model.vision_tower.config
+        positions = (config.image_seq_length or 0) + (config.vision_feature_select_strategy == "default")
+        needed = count * positions * tower.hidden_size * self.dtype.itemsize
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(

@@ -1,12 +1,15 @@
 """What a finished training leaves for people: the loss curve and the model card."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import Trainer
+from transformers import SchedulerType
+
+if TYPE_CHECKING:
+    from .train import MiniMindVTrainer
 
 
 def plot_losses(history: list[dict[str, Any]], path: Path) -> None:
@@ -23,7 +26,7 @@ def plot_losses(history: list[dict[str, Any]], path: Path) -> None:
     for key, label in (("loss", "training"), ("eval_loss", "held out"), ("router_loss", "router (part of training)")):
         points = {entry["step"]: entry[key] for entry in history if key in entry}
         if points:
-            axes.plot(points.keys(), points.values(), label=label, marker="o" if len(points) < 20 else None)
+            axes.plot(list(points), list(points.values()), label=label, marker="o" if len(points) < 20 else None)
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     if axes.lines:
@@ -32,7 +35,7 @@ def plot_losses(history: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write_model_card(trainer: Trainer, metrics: dict[str, float]) -> None:
+def write_model_card(trainer: "MiniMindVTrainer", metrics: dict[str, float]) -> None:
     """Writes README.md into `output_dir`: Hub metadata, and how this model was trained."""
     arguments, state = trainer.args, trainer.state
     folder = Path(arguments.output_dir)
@@ -44,7 +47,7 @@ def write_model_card(trainer: Trainer, metrics: dict[str, float]) -> None:
         "data": f"{data.name}, {len(trainer.train_dataset)} rows",
         "rows per step": rows_per_step,
         "steps": f"{state.global_step} ({state.epoch:.1f} epochs)",
-        "learning rate": f"{arguments.learning_rate:g}, {arguments.lr_scheduler_type.value}",
+        "learning rate": f"{arguments.learning_rate:g}, {SchedulerType(arguments.lr_scheduler_type).value}",
         "seed": arguments.seed,
         "training loss": f"{metrics['train_loss']:.4f} (mean)",
         "loss on held-out rows": f"{metrics['eval_loss']:.4f}" if "eval_loss" in metrics else None,

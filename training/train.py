@@ -8,7 +8,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch.utils.data import Dataset, Subset, random_split
+from torch.utils.data import Subset, random_split
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -23,7 +23,7 @@ from ..processing_minimind_v import MiniMindVProcessor
 from .callbacks import SampleAnswers, StopOnSignal
 from .check import describe, inspect_rows
 from .collator import MiniMindVDataCollator
-from .data import MiniMindVDataset
+from .data import MiniMindVDataset, Rows
 from .image_features import ImageFeatureCache, pass_features_through
 from .report import plot_losses, write_model_card
 from .stages import LEARNING_RATES, add_lora, freeze, merge_lora
@@ -98,20 +98,27 @@ class TrainArguments(TrainingArguments):
 class MiniMindVTrainer(Trainer):
     """transformers' Trainer; logs the router loss of a mixture of experts, which `loss` contains, also by itself."""
 
+    # What it is given, of all that the library's may be
+    args: TrainArguments
+    model: torch.nn.Module
+    train_dataset: Rows
+    processing_class: MiniMindVProcessor
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.router_losses: list[torch.Tensor] = []
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        result: Any = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss, outputs = result
         if model.training and outputs.get("aux_loss") is not None:
             self.router_losses.append(outputs["aux_loss"].detach())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self.router_losses:
-            mean = torch.stack(self.router_losses).mean()
-            logs["router_loss"] = self.accelerator.gather(mean).mean().item()
+            means: Any = self.accelerator.gather(torch.stack(self.router_losses).mean())
+            logs["router_loss"] = means.mean().item()
             self.router_losses.clear()
         super().log(logs, *args, **kwargs)
 
@@ -123,7 +130,7 @@ def usable_rows(dataset: MiniMindVDataset, collator: MiniMindVDataCollator, argu
         ValueError: There are broken rows and `on_broken` is `"error"`, or there is no usable one.
     """
     first = arguments.process_index == 0
-    report = inspect_rows(dataset, collator, arguments.dataloader_num_workers) if first else None
+    report = inspect_rows(dataset, collator, arguments.dataloader_num_workers) if first else {}
     report = broadcast_object_list([report])[0]
     for kind, title in (("broken", "broken"), ("too_long", "too long")):
         if found := report[kind]:
@@ -144,14 +151,14 @@ def last_checkpoint(folder: str | Path) -> str | None:
     checkpoints = Path(folder).glob("checkpoint-*")
     for path in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         try:
-            TrainerState.load_from_json(path / "trainer_state.json")  # written last
+            TrainerState.load_from_json(str(path / "trainer_state.json"))  # written last
             return str(path)
         except (OSError, ValueError):
             continue
     return None
 
 
-def train(arguments: TrainArguments) -> Trainer:
+def train(arguments: TrainArguments) -> MiniMindVTrainer:
     """Runs a training stage; `output_dir` then holds the model, its processor and card, metrics and the loss curve.
 
     Returns:
@@ -162,7 +169,7 @@ def train(arguments: TrainArguments) -> Trainer:
         SystemExit: Stopped by a signal, after a checkpoint was saved.
     """
     transformers.set_seed(arguments.seed)
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="float32")
+    model: Any = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="float32")
     processor = AutoProcessor.from_pretrained(arguments.model)
     freeze(model, arguments.stage, arguments.freeze_llm)
 
@@ -171,7 +178,7 @@ def train(arguments: TrainArguments) -> Trainer:
     cache = None
     if arguments.cache_image_features:
         datasets = [dataset] if held_out is None else [dataset, held_out]
-        cache = fill_feature_cache(model, processor, datasets, arguments)
+        cache = fill_feature_cache(arguments.cache_image_features, model, processor, datasets, arguments)
     collator = MiniMindVDataCollator(
         processor, arguments.max_length, arguments.on_broken, arguments.packing, image_features=cache
     )
@@ -203,6 +210,7 @@ def train(arguments: TrainArguments) -> Trainer:
 
 
 def fill_feature_cache(
+    folder: str,
     model: MiniMindVForConditionalGeneration,
     processor: MiniMindVProcessor,
     datasets: list[MiniMindVDataset],
@@ -210,7 +218,7 @@ def fill_feature_cache(
 ) -> ImageFeatureCache:
     """The cache with the features of all images, of which each process encodes its share; the tower is prepared."""
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
-    cache = ImageFeatureCache(arguments.cache_image_features, model, processor, dtype)
+    cache = ImageFeatureCache(folder, model, processor, dtype)
     model.model.vision_tower.to(arguments.device)
     for dataset in datasets:
         share = Subset(dataset, range(arguments.process_index, len(dataset), arguments.world_size))
@@ -221,7 +229,7 @@ def fill_feature_cache(
     return cache
 
 
-def hold_out(dataset: Dataset, arguments: TrainArguments) -> tuple[Subset, Subset]:
+def hold_out(dataset: Rows, arguments: TrainArguments) -> tuple[Subset, Subset]:
     """The rows to train on, and a random `eval_fraction` of them to hold out.
 
     Raises:
@@ -235,7 +243,7 @@ def hold_out(dataset: Dataset, arguments: TrainArguments) -> tuple[Subset, Subse
     return training, held_out
 
 
-def run(trainer: Trainer) -> dict[str, float]:
+def run(trainer: MiniMindVTrainer) -> dict[str, float]:
     """Trains, from the last checkpoint where that is asked for.
 
     Returns:
@@ -278,15 +286,15 @@ def last_evaluation(trainer: Trainer) -> dict[str, float]:
     return {name: value for name, value in found.items() if name.startswith("eval_")}
 
 
-def save(trainer: Trainer, metrics: dict[str, float]) -> None:
+def save(trainer: MiniMindVTrainer, metrics: dict[str, float]) -> None:
     """Writes the result of a finished training into its `output_dir`."""
     arguments = trainer.args
     folder = Path(arguments.output_dir)
     if arguments.lora_rank:
-        trainer.save_model(folder / "adapter")
+        trainer.save_model(str(folder / "adapter"))
         if trainer.is_world_process_zero():
             # From the files, because the weights in memory may be spread over processes.
-            base = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="float32")
+            base: Any = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="float32")
             merge_lora(base, folder / "adapter").save_pretrained(folder)
             trainer.processing_class.save_pretrained(folder)
     else:
@@ -316,7 +324,8 @@ def main(argv: list[str]) -> None:
     Raises:
         SystemExit: Help (status 0), a mistyped command line (status 2), or as [`train`].
     """
-    parser = TrainParser(TrainArguments, prog="minimind-v train")
+    # A dataclass, which no annotation of the library's says
+    parser = TrainParser(TrainArguments, prog="minimind-v train")  # pyright: ignore[reportArgumentType]
     try:
         arguments = TrainArguments(**vars(parser.parse_args(argv)))
     except ValueError as error:  # values that do not go together
