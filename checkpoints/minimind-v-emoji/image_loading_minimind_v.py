@@ -66,7 +66,9 @@ def load_image(source: Any, name: str = "image", is_cropped: bool = False) -> Im
             if isinstance(source, (np.ndarray, torch.Tensor)):
                 image = _image_from_array(source)
             else:
-                image = _to_rgb(ImageOps.exif_transpose(Image.open(source) if is_file else source))
+                # Binary files need not be typing's IO[bytes]
+                image = Image.open(source) if is_file else source  # pyright: ignore[reportArgumentType]
+                image = _to_rgb(ImageOps.exif_transpose(image))
             return _cut_ends(image) if is_cropped else image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(
@@ -122,7 +124,8 @@ def _image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
             array = array[:, :, 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or not array.size:
         raise ValueError(f"an array must be [H, W], [H, W, C] or [C, H, W] with C = 1, 3 or 4; got {array.shape}")
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(array))))
+    # It is one of numpy by now, which `numpy()` and indexing do not tell the type checker
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(array))))  # pyright: ignore[reportArgumentType]
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:
