@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 
+import PIL
 import pytest
 import torch
 from conftest import picture
@@ -19,6 +20,7 @@ from original import (
     release_of,
     with_image_token,
 )
+from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_travel import run_elsewhere
@@ -363,11 +365,14 @@ def test_image_processor_grids(case, family):
     expected = load_file(GOLDEN / "images" / "expected.safetensors")
     paths = sorted((GOLDEN / "images").glob("*.png"))
     assert len(paths) == 3
+    # Recorded with Pillow 13; before it (Python 3.10 has no newer one) a few pixels are resized one grey level apart.
+    atol = 1e-5 if Version(PIL.__version__) >= Version("13") else 1 / 127
     for path in paths:
         image = Image.open(path).convert("RGB")  # as the original: alpha is cut off, not put on white
         values = processor(text=processor.image_token, images=image, return_tensors="pt")["pixel_values"]
         key = f"{family}.{path.stem}"
-        torch.testing.assert_close(values[:, :, 4::8, 4::8].squeeze(0), expected[f"{key}.grid"].squeeze(0))
+        grid = values[:, :, 4::8, 4::8].squeeze(0)
+        torch.testing.assert_close(grid, expected[f"{key}.grid"].squeeze(0), atol=atol, rtol=1.3e-6)
         torch.testing.assert_close(values.mean(dim=(0, 2, 3)), expected[f"{key}.mean"].flatten(), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(values.std(dim=(0, 2, 3)), expected[f"{key}.std"].flatten(), atol=1e-3, rtol=1e-3)
 
