@@ -330,5 +330,8 @@ def main(argv: list[str]) -> None:
         arguments = TrainArguments(**vars(parser.parse_args(argv)))
     except ValueError as error:  # values that do not go together
         parser.error(str(error))
-    trainer = train(arguments)
-    trainer.accelerator.end_training()  # else torch's threads may abort the process as it ends
+    accelerator = train(arguments).accelerator
+    # Without the process group gone before the interpreter, and DDP, which holds it, before the group, torch now and
+    # then aborts or waits for ever where a process ends.
+    accelerator.free_memory()
+    accelerator.end_training()
