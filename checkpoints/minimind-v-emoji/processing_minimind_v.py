@@ -58,9 +58,7 @@ class MiniMindVProcessor(ProcessorMixin):
             tokenizer.init_kwargs.pop(name, None)
         ids = tokenizer.encode(self.image_token, add_special_tokens=False)
         if len(ids) != 1:
-            advice = (
-                "A checkpoint of an earlier version, which wrote an image as 196 times '@', must be converted again."
-            )
+            advice = "One of an earlier version, which wrote an image as 196 times '@', must be converted again."
             given = f"{self.image_token[:20]!r} is {len(ids)}"
             raise ValueError(f"image_token must be one token of the tokenizer; {given}. {advice}")
         self.image_token_id = ids[0]
@@ -95,15 +93,17 @@ class MiniMindVProcessor(ProcessorMixin):
         return loaded or None, text, videos, audio
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
-        """Every sample must have as many images as image tokens; the library compares only the sums."""
-        super().validate_inputs(images=images, text=text, **kwargs)
-        if text is not None and images and isinstance(images[0], list):
-            tokens, given = [sample.count(self.image_token) for sample in text], [len(sample) for sample in images]
-            if tokens != given:
+        """Every sample must have as many images as image tokens; of a flat list of images, only the sum is known."""
+        if text is not None and all(isinstance(sample, str) for sample in text):
+            tokens, given = [sample.count(self.image_token) for sample in text], images or []
+            nested = len(given) > 0 and isinstance(given[0], list)
+            given = [len(sample) for sample in given] if nested else [len(given)]
+            if given != (tokens if nested else [sum(tokens)]):
                 raise ValueError(
-                    "The number of image tokens in each prompt should be the same as the number of its images, but "
-                    f"they are {tokens} and {given}. Pass one list of images per prompt, which may be empty."
+                    "The number of image tokens in the prompts should be the same as the number of images, but they are "
+                    f"{tokens} and {given}. Pass one list of images per prompt, which may be empty."
                 )
+        super().validate_inputs(images=images, text=text, **kwargs)
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict, list[str]]:
         if not kwargs.get("do_rescale", True):
