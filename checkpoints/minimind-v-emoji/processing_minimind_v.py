@@ -100,8 +100,8 @@ class MiniMindVProcessor(ProcessorMixin):
             given = [len(sample) for sample in given] if nested else [len(given)]
             if given != (tokens if nested else [sum(tokens)]):
                 raise ValueError(
-                    "The number of image tokens in the prompts should be the same as the number of images, but they are "
-                    f"{tokens} and {given}. Pass one list of images per prompt, which may be empty."
+                    "The number of image tokens in the prompts should be the same as the number of images, but they "
+                    f"are {tokens} and {given}. Pass one list of images per prompt, which may be empty."
                 )
         super().validate_inputs(images=images, text=text, **kwargs)
 
