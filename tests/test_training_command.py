@@ -72,7 +72,7 @@ def whole(tmp_path_factory):
 def test_interrupted_and_resumed_training_is_bit_identical(signal_name, whole, tmp_path):
     options = command_line(whole, tmp_path)
     process = subprocess.Popen(
-        [sys.executable, *PROGRAM, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-u", *PROGRAM, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     losses = 0
     for line in process.stdout:
