@@ -84,7 +84,7 @@ def test_interrupted_and_resumed_training_is_bit_identical(signal_name, whole, t
     saved = sorted(os.listdir(tmp_path))
     if signal_name == "SIGTERM":
         assert process.wait(timeout=100) == 1 and "the checkpoint is saved. Go on with the same command" in rest
-        assert len(saved) == 1 and 1 <= int(saved[0].split("-")[1]) < 12
+        assert saved and all(1 <= int(name.split("-")[1]) < 12 for name in saved)  # on a busy machine past step 5
     else:
         assert process.wait(timeout=100) == -signal.SIGKILL and "checkpoint-5" in saved and "config.json" not in saved
         (tmp_path / "checkpoint-11").mkdir()  # as one whose writing was cut off
