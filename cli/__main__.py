@@ -10,7 +10,9 @@ import difflib
 import io
 import math
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -459,6 +461,12 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     return vars(build_parser().parse_args(argv or ["--help"]))
 
 
+def exit_on_sigterm() -> None:
+    """Lets SIGTERM end this process as an error does, so that nothing half written stays behind."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line.
 
@@ -472,6 +480,7 @@ def main(argv: list[str] | None = None) -> None:
     # Chinese also where the terminal or the pipe is not UTF-8, and file names of any bytes
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    exit_on_sigterm()
     arguments = parse(sys.argv[1:] if argv is None else argv)
     run, parser, debug = (arguments.pop(name) for name in ("run", "parser", "debug"))
     try:

@@ -1,0 +1,178 @@
+"""Output that is whole or absent: through real processes, real signals and a real mount point."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minimind_v import common
+from minimind_v.common import atomic_output
+
+# argv = the output. Writes a folder that holds "new", as `body` says; a line on stdout says that it has begun.
+WRITER = """
+import os, signal, sys, time
+from pathlib import Path
+from minimind_v import common
+output = Path(sys.argv[1])
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+{before}
+with common.atomic_output(output, overwrite=True) as folder:
+    folder.mkdir()
+    (folder / "file.txt").write_text("new")
+    print("begun", flush=True)
+    {body}
+"""
+# As on a system that cannot swap two paths: killed between the two renames.
+KILLED_BETWEEN = """
+common.exchange = lambda *_: False
+rename = Path.rename
+def rename_once(*paths):
+    rename(*paths)
+    kill()
+Path.rename = rename_once
+"""
+KILLED_AFTER_EXCHANGE = "exchange = common.exchange; common.exchange = lambda *paths: exchange(*paths) and kill()"
+
+
+@contextlib.contextmanager
+def writer(output, before="", body="time.sleep(60)"):
+    """A process that has begun to write `output`."""
+    code = WRITER.format(before=before, body=body)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", code, output], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout.readline() == b"begun\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def write(output, text="mine", overwrite=True):
+    with atomic_output(output, overwrite) as folder:
+        folder.mkdir()
+        (folder / "file.txt").write_text(text)
+
+
+def read(output):
+    assert [path.name for path in output.iterdir()] == ["file.txt"]
+    return (output / "file.txt").read_text()
+
+
+@pytest.fixture
+def output(tmp_path):
+    """A folder of the user's, and nothing beside it."""
+    write(tmp_path / "out", "old")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    return tmp_path / "out"
+
+
+def test_second_writer_is_told_of_the_first(output):
+    with writer(output) as process:
+        with pytest.raises(BlockingIOError, match=f"is being written by process {process.pid} on .* since 20.* Wait"):
+            write(output)
+        assert read(output) == "old"
+    write(output)  # its lock died with it, and what it had written is gone
+    assert read(output) == "mine" and list(output.parent.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("before", [KILLED_BETWEEN, KILLED_AFTER_EXCHANGE])
+def test_killed_while_one_takes_the_place_of_the_other(before, output):
+    with writer(output, before, body="pass") as process:
+        assert process.wait(60) == -signal.SIGKILL
+    if before is KILLED_AFTER_EXCHANGE:
+        assert read(output) == "new"
+    with pytest.raises(FileExistsError, match="exists already"):
+        write(output, overwrite=False)  # the next run, here one that does not overwrite, puts it in order
+    assert read(output) == "new" and list(output.parent.iterdir()) == [output]
+
+
+def test_killed_between_the_renames_and_made_anew_by_the_user(output):
+    with writer(output, KILLED_BETWEEN, body="pass") as process:
+        assert process.wait(60) == -signal.SIGKILL
+    output.mkdir()
+    (output / "file.txt").write_text("newest")
+    with pytest.raises(FileExistsError, match="until a process was killed"):
+        write(output)
+    assert read(output) == "newest" and read(output.parent / ".out.unfinished" / "old") == "old"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_of_the_command_leave_nothing(number, output):
+    before = "from minimind_v_cli.__main__ import exit_on_sigterm\nexit_on_sigterm()"
+    with writer(output, before) as process:
+        process.send_signal(number)
+        process.wait(60)
+    assert read(output) == "old" and list(output.parent.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("existed", [False, True])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_the_user_makes_meanwhile_stays(kind, existed, tmp_path):
+    output = tmp_path / "out"
+    if existed:
+        output.mkdir() if kind == "folder" else output.write_text("old")
+        (output / "file.txt" if kind == "folder" else output).write_text("old")
+    with (
+        pytest.raises(FileExistsError, match="was changed meanwhile and is left as it is"),
+        atomic_output(output, overwrite=existed) as new,
+    ):
+        new.write_text("new")
+        if kind == "folder":
+            output.mkdir(exist_ok=True)
+        (output / "file.txt" if kind == "folder" else output).write_text("the user's")
+    assert (output / "file.txt" if kind == "folder" else output).read_text() == "the user's"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_files_and_links_are_replaced(swaps, tmp_path, monkeypatch):
+    if not swaps:
+        monkeypatch.setattr(common, "exchange", lambda *_: False)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("old")
+    (tmp_path / "link").symlink_to(Path("there", "file"))
+    with atomic_output(tmp_path / "link", overwrite=True) as new:
+        new.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "file").read_text() == "new"
+    assert len(list(tmp_path.rglob("*"))) == 3
+
+
+@pytest.fixture(params=["tmpfs", "bind"])
+def mount_point(request, tmp_path):
+    """An empty folder that cannot be moved: of another disk, and of the same."""
+    (tmp_path / "elsewhere").mkdir()
+    folder = tmp_path / "out"
+    folder.mkdir()
+    source = ["-t", "tmpfs", "tmpfs"] if request.param == "tmpfs" else ["--bind", tmp_path / "elsewhere"]
+    with contextlib.suppress(FileNotFoundError):
+        if subprocess.run(["mount", *source, folder], capture_output=True).returncode == 0:
+            yield folder
+            subprocess.run(["umount", folder], check=True)
+            return
+    pytest.skip("a mount point can be made by root only")
+
+
+def test_mount_point(mount_point):
+    write(mount_point, overwrite=False)
+    assert read(mount_point) == "mine"
+    with pytest.raises(FileExistsError, match="exists already"):
+        write(mount_point, "again", overwrite=False)
+    with pytest.raises(
+        FileExistsError, match="is a mount point, which cannot be replaced"
+    ):
+        write(mount_point, "again")
+    assert read(mount_point) == "mine" and not list(mount_point.parent.glob(".*"))
+
+
+def test_killed_while_a_mount_point_is_filled(mount_point):
+    before = "common.shutil.copytree = kill"
+    with writer(mount_point, before, body="pass") as process:
+        assert process.wait(60) == -signal.SIGKILL
+    with pytest.raises(FileExistsError, match="exists already"):
+        write(mount_point, overwrite=False)
+    assert read(mount_point) == "new" and not list(mount_point.parent.glob(".*"))
