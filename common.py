@@ -28,7 +28,8 @@ def locked(output: Path) -> Iterator[None]:
     Raises:
         BlockingIOError: Another process writes it; the message says which one, where and since when.
     """
-    path = output.with_name(f".{output.name}.lock")
+    path = Path(os.path.realpath(output))
+    path = path.with_name(f".{path.name}.lock")
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()

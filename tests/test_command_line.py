@@ -15,19 +15,22 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CHECKPOINT, REPOSITORY, caption_row, write_jsonl
+from PIL import Image
 from test_readme import CAPTIONS, README
 from transformers import TrainingArguments
 
 import minimind_v
 from minimind_v import MiniMindVForConditionalGeneration
-from minimind_v.inference.captioning import caption_images, find_images, read_records
+from minimind_v.inference.captioning import caption_images, find_images
 from minimind_v.inference.engine import DEFAULT_MAX_NEW_TOKENS, Engine, encode, question, store_column_major
+from minimind_v.inference.records import FIELDS, read_records
 from minimind_v.training.train import TrainArguments
 from minimind_v_cli.__main__ import main
 
@@ -236,8 +239,12 @@ def test_captions_go_on_after_an_interruption_and_past_broken_images(tmp_path, m
     process = subprocess.Popen([*COMMAND, "caption", ".", *options, "1"], **OPTIONS)
     while process.poll() is None and not (output.exists() and output.stat().st_size > 1000):
         time.sleep(0.01)
+    assert re.match(
+        rf"error: {output} is being written by process {process.pid} on ", run("caption", ".", *options, 1)
+    )
     process.kill()
     process.communicate()
+    assert Path("new", ".captions.jsonl.lock").exists()  # of a dead process: no obstacle
     written = output.read_bytes().splitlines(keepends=True)
     assert 2 < len(written) < 6 * len(CAPTIONS)
     output.write_bytes(b"".join(written)[:-20])  # the last line half written
@@ -259,10 +266,79 @@ def test_captions_go_on_after_an_interruption_and_past_broken_images(tmp_path, m
     records = [json.loads(line) for line in content.decode().splitlines()]
     images = {f"./{number:02}-{name}": name for number in range(6) for name in sorted(CAPTIONS)}
     images[f"{url}/dog.png"] = "dog.png"
-    assert records == [
-        {"image": image, "prompt": "Describe this image.", "model": "minimind-v-emoji", "caption": CAPTIONS[name][0]}
-        for image, name in images.items()
+    common = ("Describe this image.", "minimind-v-emoji", "greedy")
+    expected = [(image, *common, CAPTIONS[name][0]) for image, name in images.items()]
+    assert records == [dict(zip(FIELDS, values, strict=True)) for values in expected]
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+# argv = a file of captions, lines. Writes into a part of it until it is killed.
+PART_WRITER = """
+import sys, time
+from pathlib import Path
+from minimind_v.common import locked
+part = Path(sys.argv[1] + ".part-1")
+with locked(part):
+    part.write_text(sys.argv[2])
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_parts_of_a_living_run_are_not_touched(tmp_path):
+    output, image = tmp_path / "captions.jsonl", str(IMAGES / "dog.png")
+    record = dict(zip(FIELDS, (image, "What?", "minimind-v-emoji", "greedy", "A hot dog."), strict=True))
+    line = json.dumps(record) + "\n"
+    with subprocess.Popen([sys.executable, "-c", PART_WRITER, output, line], **OPTIONS) as process:
+        assert process.stdout.readline() == "begun\n", process.stderr.read()
+        with pytest.raises(BlockingIOError, match=rf"part-1 is being written by process {process.pid} on .* since 20"):
+            caption_images([image], "What?", output, options={"greedy": True})
+        assert (tmp_path / "captions.jsonl.part-1").read_text() == line and not output.exists()
+        process.kill()
+    caption_images([image], "What?", output, options={"greedy": True})  # what the killed process wrote is not lost
+    assert output.read_text() == line and list(tmp_path.iterdir()) == [output]
+
+
+def test_captions_of_other_options_are_made_again(tmp_path, capsys):
+    output, images = tmp_path / "captions.jsonl", [str(IMAGES / name) for name in ("dog.png", "cat.png")]
+    command = ["caption", *images, "--output", output]
+    assert run(*command) == 0
+    of_earlier_versions = [
+        {name: value for name, value in record.items() if name != "options"} for record in read_records(output)
     ]
+    write_jsonl(output, of_earlier_versions)
+    with output.open("a") as file:
+        file.write("\n")
+    said = (
+        f"{len(images)} captions in {output} were made with other options, or do not say with which: they stay there."
+    )
+    for options, name in (([], "greedy"), (["--max-new-tokens", "1"], "greedy, max_new_tokens=1")):
+        before = read_records(output)
+        capsys.readouterr()
+        assert run(*command, *options) == 0
+        assert capsys.readouterr().err.splitlines()[0] == said.replace("2", str(len(before)), 1)
+        assert read_records(output)[: len(before)] == before
+        assert [(r["image"], r["options"]) for r in read_records(output)[len(before) :]] == [(i, name) for i in images]
+    for options in (["--greedy"], ["--max-new-tokens", "1", "--device", "cpu"]):
+        assert run(*command, *options) == 0
+        assert capsys.readouterr().err.splitlines() == [f"2 of 2 pictures are in {output} already."]
+
+
+def test_one_image_of_a_batch_is_open_at_a_time(monkeypatch, tmp_path):
+    opened, most = set(), 0
+    convert = Image.Image.convert
+
+    def count(image, *arguments, **options):
+        nonlocal most
+        result = convert(image, *arguments, **options)
+        weakref.finalize(result, opened.discard, id(result))
+        opened.add(id(result))
+        most = max(most, len(opened))
+        return result
+
+    monkeypatch.setattr(Image.Image, "convert", count)
+    caption_images(find_images([str(IMAGES)]), "What?", tmp_path / "captions.jsonl", 14, options={"greedy": True})
+    assert 0 < most < 5
 
 
 def test_two_processes_give_the_captions_of_one(tmp_path):

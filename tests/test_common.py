@@ -162,9 +162,7 @@ def test_mount_point(mount_point):
     assert read(mount_point) == "mine"
     with pytest.raises(FileExistsError, match="exists already"):
         write(mount_point, "again", overwrite=False)
-    with pytest.raises(
-        FileExistsError, match="is a mount point, which cannot be replaced"
-    ):
+    with pytest.raises(FileExistsError, match="is a mount point, which cannot be replaced"):
         write(mount_point, "again")
     assert read(mount_point) == "mine" and not list(mount_point.parent.glob(".*"))
 
