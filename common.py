@@ -7,13 +7,14 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 # --- Output ----------------------------------------------------------------------------------------------------------
 
@@ -148,20 +149,95 @@ def exchange(one: Path, other: Path) -> bool:
     return False
 
 
-# --- Files and models ------------------------------------------------------------------------------------------------
+# --- Models ----------------------------------------------------------------------------------------------------------
 
 
-def read_json(path: str | Path) -> Any:
-    """Content of a JSON file.
+class WeightsError(Exception):
+    """The weights of a checkpoint are not whole. (No ValueError: `pipeline` would try another class after it.)"""
+
+
+class CheckedModel:
+    """What `pipeline("image-to-text")` loads models with, in the place of `AutoModelForImageTextToText`."""
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> PreTrainedModel:
+        """[`load_model`]."""
+        return load_model(source, **options)
+
+
+def load_model(
+    source: str | Path, model_class: Any = AutoModelForImageTextToText, is_part: bool = False, **options: Any
+) -> PreTrainedModel:
+    """A model whose weights are whole: the library's own loading fills gaps with random numbers.
+
+    Args:
+        source: Checkpoint folder or Hub repository.
+        model_class: A class of the library or this package; left out, that of vision-language models.
+        is_part: The model is a part of what the checkpoint holds.
+        options: For its `from_pretrained`.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not JSON; the message names it.
+        WeightsError: Tensors are missing, unknown, of the wrong shape, or hold NaN, infinity or only zeros; the
+            message lists them.
+        OSError: There is no such checkpoint.
     """
+    with quiet_library():
+        loaded: Any = model_class.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    model, found = loaded
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not parameter.is_meta and parameter.element_size() > 1  # neither offloaded nor quantized
+    }
+    check_tensors(
+        source,
+        {
+            "missing": found["missing_keys"],
+            "unknown": [] if is_part else found["unexpected_keys"],
+            "of the wrong shape": [
+                f"{name} {tuple(a)} instead of {tuple(b)}" for name, a, b in found["mismatched_keys"]
+            ],
+            "with NaN or infinity": [name for name, tensor in parameters.items() if not tensor.isfinite().all()],
+            "all zeros": [name for name, tensor in parameters.items() if tensor.ndim > 1 and not tensor.any()],
+        },
+    )
+    return model
+
+
+def check_tensors(source: str | Path, problems: dict[str, Iterable[str]]) -> None:
+    """Raises a WeightsError that lists the names of tensors by what is wrong with them, unless there are none."""
+    listed = [f"{kind}: {shorten(sorted(names))}" for kind, names in problems.items() if names]
+    if listed:
+        raise WeightsError(f"The weights of {source} are broken. Tensors {'; '.join(listed)}. Save or fetch it again.")
+
+
+def shorten(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+@contextlib.contextmanager
+def quiet_library() -> Iterator[None]:
+    """No progress bars for seconds, and no warnings of what is checked anyway."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def read_model_type(source: str | Path) -> str | None:
+    """What the configuration of a checkpoint folder or Hub repository calls the model. No code of it is run.
+
+    Raises:
+        OSError: There is no such checkpoint.
+    """
+    return PreTrainedConfig.get_config_dict(source)[0].get("model_type")
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
@@ -179,3 +255,19 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     if inactive:
         parts["active"] = parts["decoder"] - inactive
     return parts
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: str | Path) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not JSON; the message names it.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error

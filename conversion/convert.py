@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ..common import atomic_output, count_parameters, read_json
+from ..common import atomic_output, count_parameters, quiet_library, read_json, shorten
 from ..configuration_minimind_v import MiniMindConfig, MiniMindVConfig
 from ..modeling_minimind_v import MiniMindForCausalLM, MiniMindVForConditionalGeneration, MiniMindVMultiModalProjector
 from ..processing_minimind_v import MiniMindVProcessor
@@ -264,16 +264,13 @@ def fill_model(
     return model
 
 
-def shorten(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
 def save_model(model: MiniMindForCausalLM | MiniMindVForConditionalGeneration, folder: Path) -> None:
     """Weights, configuration, code and generation settings."""
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     if isinstance(model.config, MiniMindVConfig):
         model.generation_config.suppress_tokens = [model.config.image_token_id]  # an answer holds no image
-    model.save_pretrained(folder)
+    with quiet_library():
+        model.save_pretrained(folder)
 
 
 def save_processor(

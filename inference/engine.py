@@ -10,8 +10,6 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
     AutoProcessor,
     BatchFeature,
     CompileConfig,
@@ -19,10 +17,9 @@ from transformers import (
     TextStreamer,
     set_seed,
 )
-from transformers.utils import logging
 
 from .. import EMBEDDED_MODEL
-from ..common import count_parameters
+from ..common import count_parameters, load_model, read_model_type
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 
 DEFAULT_MAX_NEW_TOKENS = 512  # the original's
@@ -65,7 +62,7 @@ def store_column_major(model: MiniMindVForConditionalGeneration) -> None:
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
-def load_model(source: str | Path, device: torch.device, dtype: str = "auto") -> MiniMindVForConditionalGeneration:
+def load_ready(source: str | Path, device: torch.device, dtype: str = "auto") -> MiniMindVForConditionalGeneration:
     """A vision-language checkpoint of this package, ready to answer.
 
     Args:
@@ -75,15 +72,15 @@ def load_model(source: str | Path, device: torch.device, dtype: str = "auto") ->
 
     Raises:
         ValueError: It is another kind of model.
-        OSError: There is no such checkpoint.
+        WeightsError, OSError: As [`load_model`] raises them.
     """
-    kind = AutoConfig.from_pretrained(source).model_type
+    kind = read_model_type(source)
     if kind != "minimind_v":
         raise ValueError(f"{source} is a {kind} model, not a vision-language one of this package (minimind_v).")
     on_cpu = device.type == "cpu"
     if dtype == "auto" and on_cpu:
         dtype = "float32"
-    model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+    model: Any = load_model(source, dtype=dtype, trust_remote_code=False)
     model.to(device).eval()
     if on_cpu and model.dtype == torch.float32:
         store_column_major(model)
@@ -110,7 +107,7 @@ class Engine:
         seed: For sampling.
         thinking: Value for the chat template's switch; left out, the template's default.
         device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.
-        dtype: As for [`load_model`].
+        dtype: As for [`load_ready`].
         compile: Static cache and compiled steps.
 
     Attributes:
@@ -120,6 +117,7 @@ class Engine:
 
     Raises:
         ValueError: Not a vision-language checkpoint of this package, no such device, or no switch for thinking.
+        WeightsError: Its weights are not whole.
         OSError: There is no such checkpoint.
     """
 
@@ -139,12 +137,11 @@ class Engine:
         dtype: str = "auto",
         compile: bool = False,
     ) -> None:
-        logging.disable_progress_bar()
         source, state = model or EMBEDDED_MODEL, start_process(device)
         assert state.device is not None  # as it is only before it is set up
         self.device = state.device
-        self.model = load_model(source, self.device, dtype)
-        self.processor = AutoProcessor.from_pretrained(source)
+        self.model = load_ready(source, self.device, dtype)
+        self.processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         self.tokens, self.seconds = 0, 0.0
 
         config = self.model.generation_config

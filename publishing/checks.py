@@ -84,7 +84,7 @@ def check_files(folder: Path) -> str:
 
 
 def check_weights(folder: Path) -> str:
-    """Every header is valid, every number finite."""
+    """Every header is valid, every number finite, no matrix all zeros."""
     dtypes = []
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:  # raises on a header that does not fit the file
@@ -92,8 +92,12 @@ def check_weights(folder: Path) -> str:
                 tensor = file.get_tensor(name)
                 if not tensor.isfinite().all():
                     raise ValueError(f"{path.name}: {name} holds NaN or infinity")
+                if tensor.ndim > 1 and not tensor.any():
+                    raise ValueError(f"{path.name}: {name} holds only zeros")
                 dtypes.append(str(tensor.dtype).removeprefix("torch."))
-    return f"{len(dtypes)} tensors of {' and '.join(sorted(set(dtypes)))}, headers valid, no NaN or infinity"
+    return (
+        f"{len(dtypes)} tensors of {' and '.join(sorted(set(dtypes)))}, headers valid, no NaN, infinity or mere zeros"
+    )
 
 
 def check_code(folder: Path) -> str:
@@ -235,11 +239,9 @@ class Stranger:
         return "the same files, the same answer"
 
     def check_source(self, checkpoint: Path) -> str:
-        if (checkpoint / CODE[-1]).exists():
-            names = ("AutoModelForImageTextToText", "AutoProcessor")
-            model, processor = (self.load(name, checkpoint) for name in names)
-        else:  # weights without code: with the code that is published
-            model, processor = (type(part).from_pretrained(checkpoint) for part in (self.model, self.processor))
+        # With the code that is published and was looked at, whatever code the checkpoint has
+        parts = (self.model, self.processor)
+        model, processor = (type(part).from_pretrained(checkpoint, trust_remote_code=False) for part in parts)
         image = self.question[:1]
         for question in (self.question, image, [*image, *self.question]):
             given = self.ask(self.model, self.processor, question)

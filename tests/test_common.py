@@ -1,16 +1,28 @@
-"""Output that is whole or absent: through real processes, real signals and a real mount point."""
+"""Output that is whole or absent, through real processes, signals and mount points; models that are whole."""
 
 import contextlib
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import CHECKPOINT
+from safetensors.torch import load_file, save_file
+from transformers import pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils import logging
 
 from minimind_v import common
-from minimind_v.common import atomic_output
+from minimind_v.common import CheckedModel, WeightsError, atomic_output
+from minimind_v.publishing import assemble
+from minimind_v_cli.__main__ import main
+
+# --- Output ----------------------------------------------------------------------------------------------------------
 
 # argv = the output. Writes a folder that holds "new", as `body` says; a line on stdout says that it has begun.
 WRITER = """
@@ -174,3 +186,74 @@ def test_killed_while_a_mount_point_is_filled(mount_point):
     with pytest.raises(FileExistsError, match="exists already"):
         write(mount_point, overwrite=False)
     assert read(mount_point) == "new" and not list(mount_point.parent.glob(".*"))
+
+
+# --- Models ----------------------------------------------------------------------------------------------------------
+
+
+def drop(part):
+    return lambda tensors: [tensors.pop(name) for name in list(tensors) if part in name]
+
+
+def fill(name, value):
+    return lambda tensors: tensors[name].fill_(value)
+
+
+NORM, HEAD = "model.language_model.norm.weight", "model.language_model.embed_tokens.weight"
+BROKEN = {
+    "no projector": (drop("multi_modal_projector"), r"missing: model\.multi_modal_projector\.\S+"),
+    "no tower": (drop("vision_tower"), r"missing: model\.vision_tower\.\S+.* and \d+ more\. Save"),
+    "no norm": (drop(NORM), rf"missing: {NORM}\. Save or fetch it again"),
+    "unknown": (lambda tensors: tensors.update(more=torch.ones(1)), r"unknown: more\."),
+    "shape": (lambda tensors: tensors.update({NORM: torch.ones(3)}), rf"of the wrong shape: {NORM} \(3,\) instead of"),
+    "NaN": (fill(NORM, float("nan")), rf"with NaN or infinity: {NORM}\."),
+    "infinity": (fill(HEAD, float("inf")), rf"with NaN or infinity: {HEAD}\."),
+    "zeros": (
+        fill("model.multi_modal_projector.linear_2.weight", 0),
+        r"all zeros: model\.multi_modal_projector\.linear_2",
+    ),
+}
+
+
+@pytest.fixture(params=BROKEN)
+def broken(request, tmp_path):
+    """A checkpoint whose weights are not whole, and what is said of them."""
+    change, message = BROKEN[request.param]
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "broken")
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder, message
+
+
+def test_broken_weights_give_no_answer(broken, capfd):
+    """In the command line and in publishing, in one line, which names the tensors."""
+    folder, message = broken
+    image = str(CHECKPOINT.parents[1] / "examples" / "images" / "apple.png")
+    with pytest.raises(SystemExit) as end:
+        main(["caption", image, "--model", str(folder)])
+    assert re.match(rf"error: The weights of {folder} are broken\. Tensors {message}", end.value.code)
+    with pytest.raises(ValueError, match=message):
+        assemble(folder, folder.parent / "output", repo_id="alice/broken")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_pipelines_refuse_broken_weights(broken, monkeypatch):
+    folder, message = broken
+    monkeypatch.setitem(PIPELINE_REGISTRY.supported_tasks["image-to-text"], "pt", (CheckedModel,))
+    with pytest.raises(WeightsError, match=message):
+        pipeline("image-to-text", model=str(folder))
+
+
+def test_pipeline_options_reach_the_model(monkeypatch):
+    monkeypatch.setitem(PIPELINE_REGISTRY.supported_tasks["image-to-text"], "pt", (CheckedModel,))
+    captioner = pipeline("image-to-text", model=str(CHECKPOINT), dtype=torch.float16)
+    assert captioner.model.dtype == torch.float16 and captioner.model.config.dtype == torch.float16
+
+
+def test_library_speaks_as_before():
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    with pytest.raises(OSError), common.quiet_library():
+        assert not logging.is_progress_bar_enabled()
+        raise OSError
+    assert (logging.is_progress_bar_enabled(), logging.get_verbosity()) == (bars, verbosity)
