@@ -14,7 +14,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,15 +120,39 @@ def check_code(folder: Path) -> str:
 
 
 def check_privacy(folder: Path) -> str:
-    """No access token, and no path of this machine (configurations may keep where a model was loaded from)."""
-    for path in [*folder.glob("*.json"), *folder.glob("*.md"), *folder.glob("*.jinja"), *folder.glob("*.py")]:
-        text = path.read_text(encoding="utf-8")
-        if re.search(r"\bhf_[A-Za-z0-9]{30,}", text):
+    """No access token, and no path of this machine: files of any kind may keep where a model was loaded from."""
+    for path in sorted(folder.iterdir()):
+        text, content = "", {}
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                content = file.metadata() or {}
+            text = json.dumps(content)
+        elif path.suffix in (".json", ".md", ".jinja", ".py"):
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text) if path.suffix == ".json" else {}
+        if re.search(r"hf_[A-Za-z0-9]{30,}", text):
             raise ValueError(f"{path.name} holds an access token")
-        for value in re.findall(r'": "([^"]{2,})"', text) if path.name in CONFIGURATION else []:
-            if os.path.isabs(value) and os.path.exists(value):
-                raise ValueError(f"{path.name} names {value}, a path of this machine")
+        if path.name == "tokenizer.json":
+            del content["model"]  # a vocabulary may well have "/usr"
+        for word in (word for value in strings(content) for word in re.split(r"[\s\"',;=]", value)):
+            if is_path_here(word):
+                raise ValueError(f"{path.name} names {word}, a path of this machine")
     return "no access token, no path of this machine"
+
+
+def strings(content: Any) -> Iterator[str]:
+    """All strings in the content of a JSON file."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, (dict, list)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from strings(value)
+
+
+def is_path_here(word: str) -> bool:
+    """Whether this is an absolute path that exists, or one in the user's home."""
+    path = Path(word)
+    return path.is_absolute() and len(path.parts) > 1 and (os.path.exists(path) or path.is_relative_to(Path.home()))
 
 
 def check_card(folder: Path) -> str:
