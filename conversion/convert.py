@@ -12,7 +12,7 @@ from ..common import atomic_output, count_parameters, quiet_library, read_json, 
 from ..configuration_minimind_v import MiniMindConfig, MiniMindVConfig
 from ..modeling_minimind_v import MiniMindForCausalLM, MiniMindVForConditionalGeneration, MiniMindVMultiModalProjector
 from ..processing_minimind_v import MiniMindVProcessor
-from .configurations import text_config
+from .configurations import check_arguments, text_config
 from .key_maps import (
     LANGUAGE_MODEL,
     PROJECTOR,
@@ -106,7 +106,9 @@ def convert_checkpoint(
     with atomic_output(output, overwrite) as folder, tqdm(total=4, desc="reading", unit="step") as progress:
         state, arguments, files = read_checkpoint(checkpoint)
         if original_config is not None:
-            arguments |= original_config if isinstance(original_config, dict) else read_json(original_config)
+            is_dict = isinstance(original_config, dict)
+            given = original_config if is_dict else read_json(original_config)
+            arguments |= check_arguments(given, "original_config" if is_dict else original_config)
         release = find_release(release, state, checkpoint)
         advance(progress, "mapping")
         state, decoder, notes = map_tensors(state, release, arguments)

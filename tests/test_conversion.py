@@ -35,7 +35,7 @@ from transformers import (
 
 from minimind_v import MiniMindForCausalLM, MiniMindVConfig, MiniMindVForConditionalGeneration
 from minimind_v.conversion import RELEASES, convert_checkpoint
-from minimind_v.conversion.configurations import text_config
+from minimind_v.conversion.configurations import check_arguments, text_config
 from minimind_v.conversion.convert import fill_model, vision_language_config
 from minimind_v.conversion.key_maps import detect_release, from_original, ignored_reason, rename
 from minimind_v.conversion.tokenizers import wrap_tokenizer
@@ -422,11 +422,11 @@ class Evil:
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"this is a text file", "cannot be read as a checkpoint of tensors"),
+        (b"this is a text file", r"of tensors \(another kind, or cut off\)\. Name a \.pth"),
         (b"", "cannot be read as a checkpoint of tensors"),
         (b"PK\x03\x04 truncated", "cannot be read as a checkpoint of tensors"),
         (pickle.dumps(Evil()), "cannot be read as a checkpoint of tensors"),
-        ("evil", "cannot be read as a checkpoint of tensors"),
+        ("evil", r"of tensors \(it holds more than tensors, which could run code\)"),
         (["a", "list"], "does not hold a state dict"),
         ({"epoch": 3}, "does not hold a state dict"),
         ({"model": {"a": torch.zeros(1)}, "optimizer": {}}, "is not a checkpoint of MiniMind: its tensors .*'a'"),
@@ -444,7 +444,7 @@ def test_files_that_are_no_checkpoints(content, message, tmp_path, monkeypatch):
         torch.save({"model.embed_tokens.weight": Evil()} if content == "evil" else content, path)
     with pytest.raises(ValueError, match=message) as caught:
         convert_checkpoint(path, tmp_path / "out")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
     assert [file.name for file in tmp_path.iterdir()] == ["file.pth"]
 
 
@@ -482,6 +482,37 @@ def test_configuration_that_contradicts_the_tensors(tmp_path):
             vision_encoder=GOLDEN / "g3v_dense" / "vision_encoder",
             original_config=args,
         )
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({}, "holds no argument of the original's constructor"),
+        (["hidden_size"], "holds no argument of the original's constructor"),
+        ({"architectures": ["MiniMindVLM"], "dtype": "bfloat16"}, "holds no argument of the original's constructor"),
+        (
+            {"hidden_size": 48, "num_atention_heads": 4},
+            "holds num_atention_heads, .* Did you mean num_attention_heads",
+        ),
+        ({"hidden_size": 48, "colour": "red"}, "holds colour, which is no argument of .* Leave it out"),
+    ],
+)
+def test_unknown_arguments_are_refused(content, message, tmp_path):
+    (tmp_path / "original.json").write_text(json.dumps(content))
+    for given, name in ((content, "original_config"), (tmp_path / "original.json", "original.json")):
+        if isinstance(given, list):
+            continue
+        with pytest.raises(ValueError, match=rf"{name} {message}"):
+            convert_checkpoint(GOLDEN / "g3v_dense" / "upstream.pth", tmp_path / "out", original_config=given)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_arguments_of_the_original_are_known(case):
+    arguments = read_json(f"{case}/hparams.json")["constructor_args"]
+    assert check_arguments(arguments, "hparams.json") == arguments
+    folder = GOLDEN / f"{case}_hf"
+    if folder.is_dir():
+        check_arguments(json.loads((folder / "config.json").read_text()), folder)
 
 
 def test_unknown_release_is_refused(tmp_path):
