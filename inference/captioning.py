@@ -20,6 +20,7 @@ from transformers import BatchFeature
 
 from .. import EMBEDDED_MODEL
 from ..common import locked
+from ..image_loading_minimind_v import FORMATS
 from .engine import Engine, encode, question, report_speed, start_process
 from .records import ERRORS, Record, describe_options, left_to_caption, merge, note_skipped, to_line
 
@@ -35,7 +36,7 @@ def find_images(names: Iterable[str]) -> list[str]:
         FileNotFoundError: Nothing in a folder, or for a pattern.
     """
     Image.init()
-    endings = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    endings = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS)
     images: list[str] = []
     for name in names:
         found = [name]

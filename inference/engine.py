@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,8 @@ class Engine:
         device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.
         dtype: As for [`load_ready`].
         compile: Static cache and compiled steps.
+        max_image_pixels: Larger images are refused; left out, the processor's limit.
+        allowed_hosts: The only hosts from which images are fetched; empty: none; left out, any public one.
 
     Attributes:
         model, processor, device: What answers.
@@ -136,12 +139,18 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         compile: bool = False,
+        max_image_pixels: int | None = None,
+        allowed_hosts: Sequence[str] | None = None,
     ) -> None:
         source, state = model or EMBEDDED_MODEL, start_process(device)
         assert state.device is not None  # as it is only before it is set up
         self.device = state.device
         self.model = load_ready(source, self.device, dtype)
         self.processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        if max_image_pixels is not None:
+            self.processor.max_image_pixels = max_image_pixels
+        if allowed_hosts is not None:
+            self.processor.allowed_hosts = allowed_hosts
         self.tokens, self.seconds = 0, 0.0
 
         config = self.model.generation_config

@@ -26,7 +26,7 @@ from packaging.specifiers import SpecifierSet
 from PIL import Image, ImageOps
 from safetensors import safe_open
 
-CODE = [f"{name}_minimind_v.py" for name in ("configuration", "image_loading", "modeling", "processing")]
+CODE = sorted(path.name for path in Path(__file__).resolve().parents[1].glob("*_minimind_v.py"))
 CONFIGURATION = ["config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json"]
 SAVED = [*CONFIGURATION, "chat_template.jinja", "tokenizer.json", *CODE]  # by save_pretrained, besides the weights
 REQUIRED = {*SAVED, "LICENSE", "README.md", "example.png"}

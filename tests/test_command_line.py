@@ -87,7 +87,8 @@ def test_help_tells_the_defaults_of_answers(capsys):
         assert re.search(rf"--{name.replace('_', '-')} \S+ [^-]*\(default: {parameters[name].default}\)", shown)
     assert f"or else {DEFAULT_MAX_NEW_TOKENS})" in shown
     listed = {option.replace("-", "_") for option in re.findall(r" --([\w-]+)", shown.partition("how to answer:")[2])}
-    assert listed - {"sample", "no_thinking", "image"} == parameters.keys()
+    others = {"sample", "no_thinking", "image", "no_urls", "allow_host"}
+    assert listed - others | {"allowed_hosts"} == parameters.keys()
 
 
 def test_help_of_train_lists_options_that_exist(capsys):
@@ -108,6 +109,8 @@ def test_help_of_train_lists_options_that_exist(capsys):
         ("caption x.png --top-k 0", "argument --top-k: 0 is not at least 1."),
         ("caption x.png --top-k 1.5", "argument --top-k: invalid int value: '1.5'."),
         ("compare a b --greedy --top-p 0.5", "--greedy draws nothing, so --top-p has no effect: leave out one of "),
+        ("chat --no-urls --allow-host a.org", "--no-urls and --allow-host contradict each other: leave out one of"),
+        ("caption x.png --max-image-pixels 0", "argument --max-image-pixels: 0 is not at least 1."),
         ("chat --model no-folder", "argument --model: no-folder is neither a folder nor USER/REPO of the Hub."),
         ("convert a.pth b --relase x", "(did you mean --release?). See minimind-v convert --help."),
         ("upload my-model", "the following arguments are required: USER/REPO."),
@@ -135,7 +138,7 @@ def test_errors_are_one_line_unless_debugged(arguments, error, message, tmp_path
 
 def test_finding_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("b.PNG", "a.jpg", "a.txt", ".hidden.png", "sub/c.webp", "odd[1].png"):
+    for name in ("b.PNG", "a.jpg", "a.txt", "a.eps", "a.pdf", ".hidden.png", "sub/c.webp", "odd[1].png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert find_images(["."]) == ["./a.jpg", "./b.PNG", "./odd[1].png", "./sub/c.webp"]
@@ -362,6 +365,23 @@ def test_two_processes_give_the_captions_of_one(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.jsonl", "two.jsonl"]
 
 
+def test_limits_for_images_of_strangers(capsys):
+    dog = IMAGES / "dog.png"
+    with served(IMAGES) as url:
+        host, address = "127.0.0.1", f"{url}/dog.png"
+        for options, count in ((["--allow-host", host], 1), (["--no-urls"], 0), (["--allow-host", "example.org"], 0)):
+            assert run("caption", address, *options) == 1 - count
+            out, err = capsys.readouterr()
+            assert len(out.splitlines()) == count and (count or f"error: image ({address}) " in err)
+            compared = str(run("compare", dog, address, *options))
+            assert compared == "0" if count else address in compared
+            capsys.readouterr()
+    assert run("caption", dog, "--max-image-pixels", 100) == 1
+    assert f"error: image ({dog}) " in capsys.readouterr().err
+    assert str(dog) in run("chat", "--image", dog, "--max-image-pixels", 100)
+    assert str(dog) in run("compare", dog, dog, "--max-image-pixels", 100)
+
+
 # --- Whole commands --------------------------------------------------------------------------------------------------
 
 
@@ -397,6 +417,42 @@ def test_other_commands_run_their_tools(arguments, printed, status, tmp_path, mo
     write_jsonl(tmp_path / "rows.jsonl", [caption_row("missing.png")])
     monkeypatch.chdir(tmp_path)
     assert str(run(*arguments.split())).startswith(status) and printed in capsys.readouterr().out
+
+
+def test_hints_of_chat(monkeypatch, capsys):
+    apple, pizza = (str(IMAGES / f"{name}.png") for name in ("apple", "pizza"))
+    lines = [
+        "What is this?",
+        "And now?",
+        f"/image {pizza}",
+        "/reset",
+        f"/image {pizza}",
+        "这是什么？",
+        f"/image {apple}",
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    assert run("chat", "--greedy") == 0
+    out, err = capsys.readouterr()
+    assert err.count("No picture was given: the model answers from the words alone. /image PATH adds one.") == 1
+    assert err.count("Images for the next question: 1.") == 3
+    # After the first picture of a conversation, and after /reset, there is no earlier one.
+    assert err.count("/reset, then /image again.") == 1 and err.rstrip().endswith("/reset, then /image again.")
+    assert CAPTIONS["pizza.png"][1] in out
+
+
+@pytest.mark.parametrize("command", ["caption {image} --model {folder}", "upload {folder} user/repo --dry-run"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_custom_code_is_neither_run_nor_asked_for(file, command, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "foreign")
+    auto_map = {"AutoConfig": "foreign.Config", "AutoTokenizer": ["foreign.Tokenizer", None]}
+    changes = {"auto_map": auto_map} | ({"model_type": "foreign"} if file == "config.json" else {})
+    changes |= {"tokenizer_class": "Foreign"} if file != "config.json" else {}
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    (folder / "foreign.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    status = run(*command.format(image=IMAGES / "dog.png", folder=folder).split())
+    assert "it ran" not in str(status) and "trust_remote_code" not in "".join([str(status), *capsys.readouterr()])
+    assert file == "tokenizer_config.json" or re.match(r"error: .*foreign", status)
 
 
 @pytest.mark.skipif(not shutil.which("tmux"), reason="needs a terminal: install tmux")
