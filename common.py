@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.utils import logging
 
 # --- Output ----------------------------------------------------------------------------------------------------------
@@ -204,6 +210,22 @@ def load_model(
         },
     )
     return model
+
+
+def load_processor(source: str | Path) -> ProcessorMixin:
+    """The processor of a checkpoint folder or Hub repository, from classes of the library and this package only.
+
+    Raises:
+        ValueError: It needs code of its own.
+        OSError: There is none.
+    """
+    try:
+        return AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        message = f"The processor or tokenizer of {source} needs code of its own, which is not run here."
+        raise ValueError(f"{message} Save it again with the classes of this package.") from error
 
 
 def check_tensors(source: str | Path, problems: dict[str, Iterable[str]]) -> None:

@@ -11,7 +11,6 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import (
-    AutoProcessor,
     BatchFeature,
     CompileConfig,
     PreTrainedModel,
@@ -20,7 +19,7 @@ from transformers import (
 )
 
 from .. import EMBEDDED_MODEL
-from ..common import count_parameters, load_model, read_model_type
+from ..common import count_parameters, load_model, load_processor, read_model_type
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 
 DEFAULT_MAX_NEW_TOKENS = 512  # the original's
@@ -146,7 +145,7 @@ class Engine:
         assert state.device is not None  # as it is only before it is set up
         self.device = state.device
         self.model = load_ready(source, self.device, dtype)
-        self.processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        self.processor: Any = load_processor(source)
         if max_image_pixels is not None:
             self.processor.max_image_pixels = max_image_pixels
         if allowed_hosts is not None:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, pipeline
+from transformers import pipeline
 
-from ..common import WeightsError, atomic_output, load_model, read_json
+from ..common import WeightsError, atomic_output, load_model, load_processor, read_json
 from .card import BEGIN, write_card
 from .checks import CODE, GREEDY, PROMPT, card_images
 
@@ -121,9 +121,7 @@ def clear_disk_errors(output: Path) -> Iterator[None]:
 def load(checkpoint: Path) -> tuple[Any, Any]:
     """Model and processor; raises a ValueError unless the files are whole and the weights fit the configuration."""
     try:
-        return load_model(checkpoint, trust_remote_code=False), AutoProcessor.from_pretrained(
-            checkpoint, trust_remote_code=False
-        )
+        return load_model(checkpoint, trust_remote_code=False), load_processor(checkpoint)
     except WeightsError as error:
         raise ValueError(str(error)) from error
     except Exception as error:  # broken files make the readers fail in many ways
