@@ -13,6 +13,7 @@ from torch import nn
 from transformers import (
     BatchFeature,
     CompileConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     TextStreamer,
     set_seed,
@@ -21,6 +22,7 @@ from transformers import (
 from .. import EMBEDDED_MODEL
 from ..common import count_parameters, load_model, load_processor, read_model_type
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
+from ..pipeline_minimind_v import FiniteLogits
 
 DEFAULT_MAX_NEW_TOKENS = 512  # the original's
 
@@ -182,6 +184,9 @@ class Engine:
 
         Returns:
             One answer per row.
+
+        Raises:
+            ValueError: The logits are not finite.
         """
         length = inputs["input_ids"].shape[1]
         positions = self.model.config.get_text_config().max_position_embeddings
@@ -190,7 +195,10 @@ class Engine:
         start = time.perf_counter()
         # The library's protocol for `self` asks for attributes that few of its own models have
         sequences = self.model.generate(  # pyright: ignore[reportAttributeAccessIssue]
-            **inputs.to(self.device), max_new_tokens=longest, streamer=streamer if stream else None
+            **inputs.to(self.device),
+            max_new_tokens=longest,
+            streamer=streamer if stream else None,
+            logits_processor=LogitsProcessorList([FiniteLogits()]),
         )
         answers = sequences[:, length:].cpu()
         self.seconds += time.perf_counter() - start

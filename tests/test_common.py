@@ -251,6 +251,17 @@ def test_pipeline_options_reach_the_model(monkeypatch):
     assert captioner.model.dtype == torch.float16 and captioner.model.config.dtype == torch.float16
 
 
+def test_logits_that_are_not_finite_give_no_answer(tmp_path, capsys):
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "huge")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[NORM] *= 1e38
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    image = str(CHECKPOINT.parents[1] / "examples" / "images" / "apple.png")
+    with pytest.raises(SystemExit) as end:
+        main(["caption", image, "--model", str(folder)])
+    assert end.value.code.startswith("error: The model's logits are not finite.") and not capsys.readouterr().out
+
+
 def test_library_speaks_as_before():
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     with pytest.raises(OSError), common.quiet_library():
