@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
 
+from ..common import read_json
 from ..configuration_minimind_v import MiniMindConfig
 from .key_maps import LANGUAGE_MODEL, TOWER
 
@@ -54,25 +55,27 @@ YARN = {  # fixed in the original, whatever else its config says; on with infere
 LAYER = LANGUAGE_MODEL + "layers.0."
 
 
-def check_arguments(arguments: Any, source: str | Path) -> dict[str, Any]:
-    """The original constructor's arguments as they are given.
-
-    Args:
-        arguments: Content of a JSON file, or a dict.
-        source: What error messages call it.
+def read_arguments(source: dict[str, Any] | str | Path) -> dict[str, Any]:
+    """The original constructor's arguments, from a dict or JSON file of them.
 
     Raises:
         ValueError: One of them is not known, or none is there; the message suggests the nearest.
     """
+    arguments = source if isinstance(source, dict) else read_json(source)
+    name_of_source = "original_config" if isinstance(source, dict) else source
     released = RELEASED | RELEASED_MINIMIND2 | RELEASED_MINIMIND2_EXPERTS | RELEASED_MINIMIND3_EXPERTS
     known = {*ARGUMENTS, *ARGUMENTS.values(), *released, *OTHER_ARGUMENTS, "tie_word_embeddings"}
     if not isinstance(arguments, dict) or not known & arguments.keys():
         example = '{"num_attention_heads": 8, "rope_theta": 1e6}'
-        raise ValueError(f"{source} holds no argument of the original's constructor. Give them as in {example}.")
+        raise ValueError(
+            f"{name_of_source} holds no argument of the original's constructor. Give them as in {example}."
+        )
     for name in arguments.keys() - known - LIBRARY_FIELDS:
         near = difflib.get_close_matches(name, known, n=1)
         advice = f"Did you mean {near[0]}?" if near else "Leave it out."
-        raise ValueError(f"{source} holds {name}, which is no argument of the original's constructor. {advice}")
+        raise ValueError(
+            f"{name_of_source} holds {name}, which is no argument of the original's constructor. {advice}"
+        )
     return arguments
 
 

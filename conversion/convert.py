@@ -8,11 +8,11 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ..common import atomic_output, count_parameters, quiet_library, read_json, shorten
+from ..common import atomic_output, count_parameters, quiet_library, shorten
 from ..configuration_minimind_v import MiniMindConfig, MiniMindVConfig
 from ..modeling_minimind_v import MiniMindForCausalLM, MiniMindVForConditionalGeneration, MiniMindVMultiModalProjector
 from ..processing_minimind_v import MiniMindVProcessor
-from .configurations import check_arguments, text_config
+from .configurations import read_arguments, text_config
 from .key_maps import (
     LANGUAGE_MODEL,
     PROJECTOR,
@@ -103,12 +103,11 @@ def convert_checkpoint(
     output = Path(output).expanduser()
     checkpoint, vision_encoder = find_source(checkpoint, output), find_source(vision_encoder, output)
     tokenizer, original_config = find_source(tokenizer, output), find_source(original_config, output)
-    with atomic_output(output, overwrite) as folder, tqdm(total=4, desc="reading", unit="step") as progress:
+    bar = tqdm(total=4, desc="reading", unit="step", leave=False, disable=None)  # in terminals, until it is done
+    with atomic_output(output, overwrite) as folder, bar as progress:
         state, arguments, files = read_checkpoint(checkpoint)
         if original_config is not None:
-            is_dict = isinstance(original_config, dict)
-            given = original_config if is_dict else read_json(original_config)
-            arguments |= check_arguments(given, "original_config" if is_dict else original_config)
+            arguments |= read_arguments(original_config)
         release = find_release(release, state, checkpoint)
         advance(progress, "mapping")
         state, decoder, notes = map_tensors(state, release, arguments)
