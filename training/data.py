@@ -7,7 +7,8 @@ The schema is TRL's. A row is
      "images": ["cat.jpg"]}
 
 Each image part stands for the next of `images`: paths (relative to the data file), URLs, bytes, or anything else that
-the processor takes. Content may also be a string in which `<image>` marks the places of the images. Read as well:
+the processor takes. Content may also be a string in which `<image>` marks the places of the images, and a part may hold
+its image itself, as OpenAI's `{"type": "image_url", "image_url": {"url": ...}}` does. Read as well:
 - an image folder with captions: `metadata.jsonl` with `file_name` and `text`;
 - the original project's Parquet: `conversations` (JSON) and `image_bytes` (one or several).
 """
@@ -37,7 +38,7 @@ def read_rows(source: Any) -> tuple[Any, Path]:
 
     Raises:
         FileNotFoundError: The file or folder does not exist, or the folder has no `metadata.jsonl`.
-        ValueError: Another kind of file.
+        ValueError: Another kind of file, or an empty one.
         ImportError: Parquet without `datasets`.
     """
     if not isinstance(source, (str, Path)):
@@ -45,6 +46,11 @@ def read_rows(source: Any) -> tuple[Any, Path]:
     path = Path(source)
     if path.is_dir():
         path = path / "metadata.jsonl"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} does not exist. A folder of pictures needs this file, with one line for each picture: "
+                '{"file_name": "cat.png", "text": "A cat."}'
+            )
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. Give a .jsonl or .parquet file, or a folder of pictures.")
     if path.suffix == ".parquet":
@@ -56,8 +62,11 @@ def read_rows(source: Any) -> tuple[Any, Path]:
     if path.suffix != ".jsonl":
         raise ValueError(f"{path} must be a .jsonl or .parquet file, or a folder with metadata.jsonl.")
     # Not splitlines(), which also splits at characters that JSON strings may hold. Lines are parsed one by one, so
-    # that a broken one is one broken row.
-    return path.read_text(encoding="utf-8").rstrip("\n").split("\n"), path.parent
+    # that a broken one is one broken row; blank ones are none.
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} is empty. It needs one row, a JSON object, per line.")
+    return lines, path.parent
 
 
 def normalize_row(row: dict[str, Any] | str, folder: Path = Path()) -> list[dict[str, Any]]:
@@ -68,14 +77,14 @@ def normalize_row(row: dict[str, Any] | str, folder: Path = Path()) -> list[dict
         folder: Where relative image paths start from.
 
     Raises:
-        ValueError: Not JSON, no known schema, turns of unknown or wrongly ordered roles, no answer to train on, or
-            images and their places differ in number.
+        ValueError: Not JSON, no known schema, turns of unknown or wrongly ordered roles, parts of unknown kinds, no
+            answer to train on, an image that is null, or images and their places differ in number.
     """
     if isinstance(row, str):
         row = json.loads(row)
     messages, images = messages_and_images(row)
     check_roles(messages)
-    messages = place_images(messages, [locate(image, folder) for image in images])
+    messages = place_images(messages, images, folder)
     if not any(message["role"] == "assistant" and message["content"] for message in messages):
         raise ValueError("there is no assistant turn to train on")
     return messages
@@ -111,12 +120,14 @@ def messages_and_images(row: Any) -> tuple[list[dict[str, Any]], list[Any]]:
     return messages, list(images) if isinstance(images, (list, tuple)) else [images]
 
 
-def check_roles(messages: list[dict[str, Any]]) -> None:
+def check_roles(messages: Any) -> None:
     """Turns must come as a chat has them: perhaps a system message, then user (or tool) before every assistant.
 
     Raises:
         ValueError: They do not; the message shows the roles.
     """
+    if not isinstance(messages, (list, tuple)):
+        raise ValueError(f"messages must be a list, not a {type(messages).__name__}")
     roles = [message.get("role") if isinstance(message, dict) else message for message in messages]
     known = all(role in ("user", "assistant", "tool") or (role == "system" and i == 0) for i, role in enumerate(roles))
     starts = roles[1:] if roles[:1] == ["system"] else roles
@@ -128,61 +139,108 @@ def check_roles(messages: list[dict[str, Any]]) -> None:
         )
 
 
-def place_images(messages: list[dict[str, Any]], images: list[Any]) -> list[dict[str, Any]]:
-    """The messages with their content as parts, of which each empty image part has got the next of `images`.
+def place_images(messages: list[dict[str, Any]], images: list[Any], folder: Path = Path()) -> list[dict[str, Any]]:
+    """The messages with their content as parts, of which each image part has its image or the next of `images`.
 
     The content of an assistant's turn without images is a string.
 
+    Args:
+        messages: With content as a string or a list of parts.
+        images: Those that are not in the messages, in reading order.
+        folder: Where relative image paths start from.
+
     Raises:
-        ValueError: There are more places than images, or fewer.
+        ValueError: There are more places than images, or fewer, or an image is null.
     """
-    queue, places, own_images = list(images), 0, 0
+    contents = [split_content(message) for message in messages]
+    places = [part for parts in contents for part in parts if part["type"] == "image"]
+    empty = [part for part in places if part.keys().isdisjoint(IMAGE_KEYS)]
+    if len(empty) != len(images):
+        there = len(places) - len(empty) + len(images)
+        raise ValueError(f"the text has places for {len(places)} images, but there are {there}")
+    for part, image in zip(empty, images, strict=True):
+        part["image"] = image
+    for number, part in enumerate(places):
+        image = locate(image_of(part), folder)
+        if image is None:
+            raise ValueError(f"image {number} of the row is null")
+        part.clear()
+        part.update(type="image", image=image)
     result = []
-    for message in messages:
-        parts = []
-        for part in split_content(message):
-            part = {key: value for key, value in part.items() if value is not None}
-            if part["type"] == "image":
-                places += 1
-                if part.keys().isdisjoint(IMAGE_KEYS):
-                    part["image"] = queue.pop(0) if queue else None
-                else:
-                    own_images += 1
-            parts.append(part)
+    for message, parts in zip(messages, contents, strict=True):
         if message["role"] == "assistant" and all(part["type"] == "text" for part in parts):
             parts = "".join(part["text"] for part in parts)
         result.append({**message, "content": parts})
-    if places != len(images) + own_images:
-        raise ValueError(f"the text has places for {places} images, but there are {len(images) + own_images}")
     return result
 
 
 def split_content(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The content of a message as parts; `<image>` in a string (but not in a system message) is an image part."""
-    content = message.get("content") or ""
-    if not isinstance(content, str):
-        return content
-    pieces = [content] if message["role"] == "system" else re.split(f"({MARKER})", content)
-    return [{"type": "image"} if piece == MARKER else {"type": "text", "text": piece} for piece in pieces if piece]
+    """The content of a message as parts; `<image>` in a string (but not in a system message) is an image part.
+
+    Raises:
+        ValueError: The content is neither a string nor a list of text and image parts.
+    """
+    content = message.get("content")
+    if isinstance(content, str) or content is None:
+        pieces = [content or ""] if message["role"] == "system" else re.split(f"({MARKER})", content or "")
+        return [{"type": "image"} if piece == MARKER else {"type": "text", "text": piece} for piece in pieces if piece]
+    if not isinstance(content, (list, tuple)) or not all(isinstance(part, dict) for part in content):
+        raise ValueError(f"the content of a {message['role']} message must be a string or a list of parts")
+    # Arrow gives all parts all keys
+    parts = [{key: value for key, value in part.items() if value is not None} for part in content]
+    return normalize_parts({**message, "content": parts})["content"]
+
+
+def normalize_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """Until the core has it."""
+    parts = []
+    for part in message["content"]:
+        kind = part.get("type")
+        if kind == "image_url":
+            url = part.get("image_url")
+            part = {"type": "image", "url": url.get("url") if isinstance(url, dict) else url}
+        elif kind not in ("text", "image"):
+            raise ValueError(f"A {message['role']} message has a part of type {kind!r}; known are text, image.")
+        parts.append(part)
+    return {**message, "content": parts}
 
 
 def locate(image: Any, folder: Path) -> Any:
-    """A path below `folder` if there is one; the bytes or path of a `datasets` image; anything else unchanged."""
+    """A path below `folder` if there is one; what a dict such as a `datasets` image holds; anything else unchanged.
+
+    Returns:
+        The image, or None if it is null or empty.
+    """
     if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
+        image = next((image[key] for key in ("bytes", *IMAGE_KEYS) if image.get(key) is not None), None)
     if isinstance(image, str) and (folder / image[:1000]).is_file():
         return str(folder / image)
-    return image
+    return None if isinstance(image, (str, bytes)) and not image else image
+
+
+def image_of(part: dict[str, Any]) -> Any:
+    """What an image part holds, or None."""
+    return next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
 
 
 def images_of(messages: list[dict[str, Any]]) -> list[Any]:
     """The images of normalized messages, in reading order."""
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    return [next(part[key] for key in IMAGE_KEYS if key in part) for part in parts if part["type"] == "image"]
+    return [image_of(part) for part in parts if part["type"] == "image"]
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in one line, with its kind where the words alone would be a riddle."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (ValueError, OSError)) and text else f"{type(error).__name__}: {text}"
 
 
 class MiniMindVDataset(Dataset):
-    """Rows of a data source, normalized one by one; item `i` is `{"messages": ..., "row": i}`."""
+    """Rows of a data source, normalized one by one.
+
+    Item `i` is `{"row": i, "messages": ...}`, or `{"row": i, "error": reason}` if the row is broken: the collator
+    decides what becomes of it.
+    """
 
     def __init__(self, source: Any) -> None:
         self.rows, self.folder = read_rows(source)
@@ -192,9 +250,9 @@ class MiniMindVDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            return {"messages": normalize_row(self.rows[index], self.folder), "row": index}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"Row {index}: {error}") from error
+            return {"row": index, "messages": normalize_row(self.rows[index], self.folder)}
+        except Exception as error:  # of any kind: rows are what people write
+            return {"row": index, "error": reason(error)}
 
 
 Rows = MiniMindVDataset | Subset[dict[str, Any]]  # all rows of a data source, or some

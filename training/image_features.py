@@ -162,7 +162,7 @@ class ImageFeatureCache:
         missing: dict[str, tuple[int, int]] = {}
         for number in tqdm(range(len(rows)), desc="looking for new pictures", unit="row"):
             try:
-                for place, image in enumerate(images_of(rows[number]["messages"])):
+                for place, image in enumerate(images_of(rows[number].get("messages", []))):
                     if (key := content_key(image)) not in self.shards:
                         missing.setdefault(key, (number, place))
             except (OSError, ValueError, TypeError):
