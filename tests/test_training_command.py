@@ -13,8 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import pipeline
 
+from minimind_v.training.arguments import TrainArguments
 from minimind_v.training.check import check, show
-from minimind_v.training.train import TrainArguments, last_checkpoint, main, train
+from minimind_v.training.output_folder import last_checkpoint
+from minimind_v.training.train import main, train
 
 PROGRAM = ["-m", "minimind_v_cli", "train"]  # behind `python` or `accelerate launch`, where a test needs a process
 

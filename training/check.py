@@ -61,7 +61,14 @@ def inspect_rows(dataset: Rows, collator: MiniMindVDataCollator, workers: int = 
         `rows`, `images`, `good` (indices into `dataset`), `tokens` (of each good row), `broken` and `too_long` (row
         number -> reason).
     """
-    report: dict[str, Any] = {"rows": len(dataset), "images": 0, "good": [], "tokens": [], "broken": {}, "too_long": {}}
+    report: dict[str, Any] = {
+        "rows": len(dataset),
+        "images": 0,
+        "good": [],
+        "tokens": [],
+        "broken": {},
+        "too_long": {},
+    }
     sizes = DataLoader(_RowSizes(dataset, collator), batch_size=None, num_workers=workers)
     for i, (number, tokens, images, problem) in enumerate(tqdm(sizes, desc="checking", unit="row")):
         if problem is not None:
