@@ -101,7 +101,7 @@ def train(arguments: TrainArguments) -> MiniMindVTrainer:
         trainer.add_callback(SampleAnswers(held_out, processor, arguments.num_samples))
     metrics = run(trainer)
     dropped = set(gather_object(list(collator.dropped)))
-    if len(dropped) == len(dataset):
+    if len(dropped) >= len(dataset):
         raise ValueError(f"None of the {len(dataset)} rows could be trained on. See the reasons above.")
     metrics["rows_left_out"] = left_out + len(dropped)
     if held_out is not None:
