@@ -7,8 +7,8 @@ The schema is TRL's. A row is
      "images": ["cat.jpg"]}
 
 Each image part stands for the next of `images`: paths (relative to the data file), URLs, bytes, or anything else that
-the processor takes. A part may also hold its image itself, as OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`
-does, and content may be a string in which `<image>` marks the places of the images. Read as well:
+the processor takes. A part may also hold its image itself, as OpenAI's parts of the type `image_url` do, and content
+may be a string in which `<image>` marks the places of the images. Read as well:
 - an image folder with captions: `metadata.jsonl` with `file_name` and `text`;
 - the original project's Parquet: `conversations` (JSON) and `image_bytes` (one or several).
 """

@@ -2,20 +2,22 @@
 
 A cache folder holds one folder per tower, image processing and dtype (named by a hash of all three, so that a changed
 one never reads the other's features), and in it safetensors shards with one tensor `[positions, tower width]` per
-image, named by the SHA-256 of the image.
+image, named by the SHA-256 of the image. A shard is named by its own SHA-256, so that a damaged one is noticed.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import socket
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -36,6 +38,11 @@ def content_key(image: Any) -> str:
         image = load_image(image, "the picture")
         image = f"{image.size}".encode() + image.tobytes()
     return hashlib.sha256(image).hexdigest()
+
+
+def shard_name(content: bytes) -> str:
+    """Name of the file with this content."""
+    return hashlib.sha256(content).hexdigest()[:16] + ".safetensors"
 
 
 def fingerprint(model: MiniMindVForConditionalGeneration, processor: MiniMindVProcessor, dtype: torch.dtype) -> str:
@@ -89,18 +96,34 @@ class ImageFeatureCache:
         self.folder = Path(directory) / fingerprint(model, processor, dtype)
         self.model, self.processor, self.dtype = model, processor, dtype
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._delete_orphans()
         self.shards: dict[str, str] = {}  # image -> shard
         self.files: dict[str, Any] = {}  # shard -> open file
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads which images the folder has."""
+        """Reads which images the folder has. Shards that are new to this object are checked, and damaged ones deleted.
+
+        Their images are encoded again. Another process may come upon a damaged shard at the same time.
+        """
+        known = set(self.shards.values())
         for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name in known:
+                continue
             try:
-                with safe_open(path, framework="pt") as file:
-                    self.shards.update(dict.fromkeys(file.keys(), path.name))
-            except SafetensorError:  # damaged: its images are encoded again
-                path.unlink()
+                if path.name == shard_name(path.read_bytes()):
+                    with safe_open(path, framework="pt") as file:
+                        self.shards.update(dict.fromkeys(file.keys(), path.name))
+                else:
+                    path.unlink()
+            except FileNotFoundError:
+                continue
+
+    def _delete_orphans(self) -> None:
+        """Deletes what processes of this machine that are no more had begun to write."""
+        for path in self.folder.glob(f"*.{socket.gethostname()}.*.part"):
+            if not psutil.pid_exists(int(path.suffixes[-2][1:])):
+                path.unlink(missing_ok=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"model": None, "files": {}}  # a data loader's worker only reads
@@ -183,10 +206,11 @@ class ImageFeatureCache:
         return needed
 
     def _write(self, shard: dict[str, torch.Tensor]) -> None:
-        name = hashlib.sha256("".join(shard).encode()).hexdigest()[:16] + ".safetensors"
-        part = self.folder / f"{name}.{os.getpid()}.part"
+        content = save(shard)
+        name = shard_name(content)
+        part = self.folder / f"{name}.{socket.gethostname()}.{os.getpid()}.part"
         try:
-            save_file(shard, part)
+            part.write_bytes(content)
             part.replace(self.folder / name)  # whole or not at all
         finally:
             part.unlink(missing_ok=True)
