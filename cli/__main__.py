@@ -278,6 +278,13 @@ is 1 then), and which tokens are trained on.""",
         default=0,
         help="processes that read rows (default: %(default)s)",
     )
+    parser.add_argument("--max-image-pixels", type=number(int, 1), metavar="N", help="larger pictures are broken rows")
+    parser.add_argument(
+        "--allowed-hosts",
+        nargs="*",
+        metavar="HOST",
+        help="the only hosts whose picture URLs are fetched (default: any public one)",
+    )
 
 
 def check(data: str, model: str | None, **options: Any) -> int:
@@ -322,6 +329,9 @@ below, minimind-v train --help-all lists every one.""",
     )
     own("--check-data", metavar="false", help="do not read every row before the first step")
     own("--on-broken", metavar="skip", help="leave broken rows out, instead of listing them and stopping")
+    own("--overwrite", action="store_true", help="delete what the output folder holds, and begin anew")
+    own("--max-image-pixels", metavar="N", help="larger pictures are broken rows")
+    own("--allowed-hosts", metavar="HOST", help="the only hosts whose picture URLs are fetched (default: any public)")
     library = parser.add_argument_group("options of transformers' TrainingArguments").add_argument
     library("--output-dir", metavar="DIR", help="folder of checkpoints and the result (default: minimind-v-output)")
     library("--num-train-epochs", metavar="3", help="how often every row is seen")

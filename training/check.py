@@ -5,6 +5,7 @@ import html
 import io
 import itertools
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def check(
     preview: int = 3,
     html_file: str | Path | None = None,
     workers: int = 0,
+    max_image_pixels: int | None = None,
+    allowed_hosts: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Reads every row as training would.
 
@@ -38,11 +41,13 @@ def check(
         html_file: Page to write: the first rows with their images, the tokens that are trained on marked, and what
             is broken.
         workers: Processes that read rows.
+        max_image_pixels: Larger images are broken; left out, the processor's limit.
+        allowed_hosts: The only hosts whose image URLs are fetched; left out, every one with a public address.
 
     Returns:
         What [`inspect_rows`] returns, and `preview`.
     """
-    dataset, processor = MiniMindVDataset(data), AutoProcessor.from_pretrained(model)
+    dataset, processor = MiniMindVDataset(data, allowed_hosts), load_processor(model, max_image_pixels, allowed_hosts)
     collator = MiniMindVDataCollator(processor, max_length)
     report = inspect_rows(dataset, collator, workers)
     report["preview"] = [
@@ -52,6 +57,15 @@ def check(
     if html_file is not None:
         Path(html_file).write_text(render_page(report, dataset, collator), encoding="utf-8")
     return report
+
+
+def load_processor(model: str | Path, max_image_pixels: int | None, allowed_hosts: Sequence[str] | None) -> Any:
+    """The processor of a checkpoint, with limits for images of strangers."""
+    processor = AutoProcessor.from_pretrained(model)
+    processor.allowed_hosts = allowed_hosts
+    if max_image_pixels is not None:
+        processor.max_image_pixels = max_image_pixels
+    return processor
 
 
 def inspect_rows(dataset: Rows, collator: MiniMindVDataCollator, workers: int = 0) -> dict[str, Any]:
@@ -151,13 +165,15 @@ def show(
     preview: int,
     html_file: str | Path | None,
     workers: int,
+    max_image_pixels: int | None = None,
+    allowed_hosts: Sequence[str] | None = None,
 ) -> int:
     """The command `minimind-v check`: prints what [`check`], which explains the arguments, finds.
 
     Returns:
         Number of broken rows.
     """
-    report = check(data, model, max_length, preview, html_file, workers)
+    report = check(data, model, max_length, preview, html_file, workers, max_image_pixels, allowed_hosts)
     good = report["tokens"]
     print(f"{report['rows']} rows, {report['images']} images")
     if good:

@@ -15,12 +15,14 @@ may be a string in which `<image>` marks the places of the images. Read as well:
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset, Subset
 
 from ..processing_minimind_v import DEFAULT_PROMPT
+from .downloads import download_once
 
 MARKER = "<image>"
 IMAGE_KEYS = ("image", "url", "path", "base64")  # where an image part may hold its image
@@ -69,22 +71,26 @@ def read_rows(source: Any) -> tuple[Any, Path]:
     return lines, path.parent
 
 
-def normalize_row(row: dict[str, Any] | str, folder: Path = Path()) -> list[dict[str, Any]]:
+def normalize_row(
+    row: dict[str, Any] | str, folder: Path = Path(), allowed_hosts: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
     """Messages whose image parts hold their image, from any of the schemas above.
 
     Args:
         row: A row, or the line of a `.jsonl` file that it stands in.
         folder: Where relative image paths start from.
+        allowed_hosts: As for [`download_once`].
 
     Raises:
         ValueError: Not JSON, no known schema, turns of unknown or wrongly ordered roles, parts of unknown kinds, no
-            answer to train on, an image that is null, or images and their places differ in number.
+            answer to train on, an image that is null or cannot be fetched, or images and their places differ in
+            number.
     """
     if isinstance(row, str):
         row = json.loads(row)
     messages, images = messages_and_images(row)
     check_roles(messages)
-    messages = place_images(messages, images, folder)
+    messages = place_images(messages, images, folder, allowed_hosts)
     if not any(message["role"] == "assistant" and message["content"] for message in messages):
         raise ValueError("there is no assistant turn to train on")
     return messages
@@ -139,7 +145,9 @@ def check_roles(messages: Any) -> None:
         )
 
 
-def place_images(messages: list[dict[str, Any]], images: list[Any], folder: Path = Path()) -> list[dict[str, Any]]:
+def place_images(
+    messages: list[dict[str, Any]], images: list[Any], folder: Path, allowed_hosts: Sequence[str] | None
+) -> list[dict[str, Any]]:
     """The messages with their content as parts, of which each image part has its image or the next of `images`.
 
     The content of an assistant's turn without images is a string.
@@ -148,9 +156,10 @@ def place_images(messages: list[dict[str, Any]], images: list[Any], folder: Path
         messages: With content as a string or a list of parts.
         images: Those that are not in the messages, in reading order.
         folder: Where relative image paths start from.
+        allowed_hosts: As for [`download_once`].
 
     Raises:
-        ValueError: There are more places than images, or fewer, or an image is null.
+        ValueError: There are more places than images, or fewer, or an image is null or cannot be fetched.
     """
     contents = [split_content(message) for message in messages]
     places = [part for parts in contents for part in parts if part["type"] == "image"]
@@ -161,7 +170,7 @@ def place_images(messages: list[dict[str, Any]], images: list[Any], folder: Path
     for part, image in zip(empty, images, strict=True):
         part["image"] = image
     for number, part in enumerate(places):
-        image = locate(image_of(part), folder)
+        image = locate(image_of(part), folder, allowed_hosts)
         if image is None:
             raise ValueError(f"image {number} of the row is null")
         part.clear()
@@ -205,16 +214,21 @@ def normalize_parts(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": parts}
 
 
-def locate(image: Any, folder: Path) -> Any:
-    """A path below `folder` if there is one; what a dict such as a `datasets` image holds; anything else unchanged.
+def locate(image: Any, folder: Path, allowed_hosts: Sequence[str] | None = None) -> Any:
+    """A file where there is one: below `folder`, or downloaded; what a dict such as a `datasets` image holds.
 
     Returns:
-        The image, or None if it is null or empty.
+        The path, the image if it is something else, or None if it is null or empty.
+
+    Raises:
+        ValueError: An URL cannot be fetched.
     """
     if isinstance(image, dict):
         image = next((image[key] for key in ("bytes", *IMAGE_KEYS) if image.get(key) is not None), None)
     if isinstance(image, str) and (folder / image[:1000]).is_file():
         return str(folder / image)
+    if isinstance(image, str) and image[:8].lower().startswith(("http://", "https://")):
+        return download_once(image, allowed_hosts)
     return None if isinstance(image, (str, bytes)) and not image else image
 
 
@@ -240,17 +254,22 @@ class MiniMindVDataset(Dataset):
 
     Item `i` is `{"row": i, "messages": ...}`, or `{"row": i, "error": reason}` if the row is broken: the collator
     decides what becomes of it.
+
+    Args:
+        source: See [`read_rows`].
+        allowed_hosts: The only hosts whose image URLs are fetched; left out, every one with a public address.
     """
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: Any, allowed_hosts: Sequence[str] | None = None) -> None:
         self.rows, self.folder = read_rows(source)
+        self.allowed_hosts = allowed_hosts
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            return {"row": index, "messages": normalize_row(self.rows[index], self.folder)}
+            return {"row": index, "messages": normalize_row(self.rows[index], self.folder, self.allowed_hosts)}
         except Exception as error:  # of any kind: rows are what people write
             return {"row": index, "error": reason(error)}
 

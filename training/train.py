@@ -9,14 +9,14 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import Subset, random_split
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from ..processing_minimind_v import MiniMindVProcessor
 from .arguments import TrainArguments, TrainParser
 from .callbacks import LogShortTraining, SampleAnswers, StopOnSignal
-from .check import describe, inspect_rows
+from .check import describe, inspect_rows, load_processor
 from .collator import MiniMindVDataCollator
 from .data import MiniMindVDataset, Rows
 from .image_features import ImageFeatureCache, pass_features_through
@@ -62,11 +62,11 @@ def train(arguments: TrainArguments) -> MiniMindVTrainer:
     check_output_folder(arguments)
     transformers.set_seed(arguments.seed)
     model: Any = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="float32")
-    processor = AutoProcessor.from_pretrained(arguments.model)
+    processor = load_processor(arguments.model, arguments.max_image_pixels, arguments.allowed_hosts)
     freeze(model, arguments.stage, arguments.freeze_llm)
 
-    dataset = MiniMindVDataset(arguments.data)
-    held_out = MiniMindVDataset(arguments.eval_data) if arguments.eval_data else None
+    dataset = MiniMindVDataset(arguments.data, arguments.allowed_hosts)
+    held_out = MiniMindVDataset(arguments.eval_data, arguments.allowed_hosts) if arguments.eval_data else None
     cache = None
     if arguments.cache_image_features:
         datasets = [dataset] if held_out is None else [dataset, held_out]
