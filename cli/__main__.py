@@ -307,7 +307,7 @@ All options of transformers' TrainingArguments work; the ones used most are
 below, minimind-v train --help-all lists every one.""",
         examples="""\
   minimind-v train --model checkpoints/minimind-v-emoji --data examples/images \\
-      --output-dir my-model --num-train-epochs 30 --learning-rate 1e-3
+      --output-dir my-model --num-train-epochs 30 --learning-rate 5e-4
   accelerate launch -m minimind_v_cli train --model ...  # several GPUs""",
     )
     parser.add_argument("--help-all", action="store_true", help="list every option")
@@ -336,7 +336,7 @@ below, minimind-v train --help-all lists every one.""",
     library("--output-dir", metavar="DIR", help="folder of checkpoints and the result (default: minimind-v-output)")
     library("--num-train-epochs", metavar="3", help="how often every row is seen")
     library("--max-steps", metavar="STEPS", help="instead of epochs")
-    library("--learning-rate", metavar="1e-4", help="default: 4e-4 for pretrain, 5e-6 for sft, 2e-4 with --lora-rank")
+    library("--learning-rate", metavar="1e-4", help="default: 4e-4 for pretrain, 5e-6 for sft, 2e-2 with --lora-rank")
     library("--per-device-train-batch-size", metavar="16", help="rows per step and device")
     library("--gradient-accumulation-steps", metavar="1", help="steps whose gradients make one update")
     library("--bf16", metavar="true", help="train in bfloat16, on GPUs that have it")

@@ -49,7 +49,7 @@ class TrainArguments(TrainingArguments):
         default="error", metadata={"help": "Rows that cannot be used: list them and stop, or leave them out."}
     )
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Default: the original's, 4e-4 for pretrain and 5e-6 for sft; LoRA: 2e-4."}
+        default=None, metadata={"help": "Default: the original's, 4e-4 for pretrain and 5e-6 for sft; LoRA: 2e-2."}
     )
     max_image_pixels: int | None = field(default=None, metadata={"help": "Larger pictures are broken rows."})
     allowed_hosts: list[str] | None = field(
