@@ -51,11 +51,19 @@ def test_check_writes_a_page(folder, tmp_path, capsys):
     assert text.count('<img src="data:image/png;base64,') == 1 and "row 1: image 0 of sample 0" in text
 
 
-def test_a_null_image_is_a_broken_row_and_not_the_end_of_the_data(folder, tmp_path):
-    rows = [caption_row(f"{i % 6}.png") for i in range(12)]
+class RowsThatStop(list):
+    """Raises what ends a data loader, and not an error, where a row is None."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) or next(iter(()))
+
+
+def test_nothing_in_a_row_is_taken_for_the_end_of_the_data(folder, tmp_path):
+    rows = [caption_row(f"{folder}/{i % 6}.png") for i in range(12)]
     rows[2]["images"] = [None]
-    report = check(write_jsonl(folder / "rows.jsonl", rows), CHECKPOINT)
-    assert report["broken"] == {2: "image 0 of the row is null"} and len(report["tokens"]) == 11
+    report = check(RowsThatStop([*rows, None, rows[0]]), CHECKPOINT)
+    assert report["broken"] == {2: "image 0 of the row is null", 12: "StopIteration"} and len(report["tokens"]) == 12
+    write_jsonl(folder / "rows.jsonl", rows)
     options = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "on_broken": "skip", "check_data": False}
     trainer = train(arguments(tmp_path, CHECKPOINT, folder / "rows.jsonl", **options))
     assert trainer.state.global_step == 3

@@ -246,7 +246,7 @@ def images_of(messages: list[dict[str, Any]]) -> list[Any]:
 def reason(error: Exception) -> str:
     """What an exception says, in one line, with its kind where the words alone would be a riddle."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, (ValueError, OSError)) and text else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, (ValueError, OSError)) and text else f"{type(error).__name__} {text}".rstrip()
 
 
 class MiniMindVDataset(Dataset):
