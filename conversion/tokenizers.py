@@ -37,7 +37,7 @@ def wrap_tokenizer(source: str | Path, release: str, max_length: int) -> PreTrai
             f"The tokenizer in {source} is not that of {release}: the id of {IMAGE_TOKEN} is {token_id} instead of "
             f"{expected}. Name the original's tokenizer folder of that release."
         )
-    tokenizer.chat_template = chat_template(release)
+    tokenizer.chat_template = guard(tokenizer) + read_template(release)
     return tokenizer
 
 
@@ -56,6 +56,12 @@ def with_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
     return PreTrainedTokenizerFast(tokenizer_object=renamed, **tokenizer.init_kwargs | {"image_token": IMAGE_TOKEN})
 
 
-def chat_template(release: str) -> str:
+def guard(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Beginning of a chat template that refuses the tokenizer's control tokens where a user has typed them."""
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return read_template("guard").replace("CONTROL_TOKENS", json.dumps(tokens))
+
+
+def read_template(release: str) -> str:
     """Renders plain strings as the original's template, image parts as `<|image_pad|>`, and marks the answers."""
     return (Path(__file__).parent / "templates" / f"{release}.jinja").read_text(encoding="utf-8")

@@ -298,10 +298,11 @@ def test_router_loss(loss_type, make_inputs):
     assert plain.aux_loss is None and plain.router_logits is None  # not in training, not asked for
     asked = model(**inputs, output_router_logits=True)
     trained = model.train()(**inputs)
-    rows = [logits.view(2, -1, 4) for logits in asked.router_logits]
     expected = 0.0
-    for layer in rows:
-        for group in layer if loss_type == "sequence" else [layer.reshape(-1, 4)]:
+    for layer in asked.router_logits:
+        rows = [row[mask.bool()] for row, mask in zip(layer.view(2, -1, 4), inputs["attention_mask"], strict=True)]
+        assert len(rows[0]) != len(rows[1])
+        for group in rows if loss_type == "sequence" else [torch.cat(rows)]:
             probabilities = group.softmax(-1)
             counts = torch.zeros(4).index_add(0, probabilities.topk(2).indices.flatten(), torch.ones(2 * len(group)))
             loss = 4 * (counts / len(group) * probabilities.mean(0)).sum()
@@ -310,6 +311,31 @@ def test_router_loss(loss_type, make_inputs):
     torch.testing.assert_close(trained.aux_loss, expected)
     for outputs in (asked, trained):
         torch.testing.assert_close(outputs.loss, plain.loss + text.router_aux_loss_coef * expected)
+
+
+@pytest.mark.parametrize("loss_type", ["switch", "sequence", "batch"])
+def test_router_loss_of_packed_and_padded_rows(loss_type):
+    """Packed, padded on either side, and without padding: one loss, that of the rows."""
+    model = make_model("clip", moe=True, router_aux_loss_type=loss_type).train()
+    rows = [torch.randint(4, 320, (1, length)) for length in (5, 9, 7)]
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    packed = model(torch.cat(rows, dim=1), position_ids=positions, labels=torch.cat(rows, dim=1)).aux_loss
+    for sides in ((0, 1), (1, 0)):
+        pads = [tuple(side * (9 - row.shape[1]) for side in sides) for row in rows]
+        ids = torch.cat([torch.nn.functional.pad(row, pad) for row, pad in zip(rows, pads, strict=True)])
+        mask = torch.cat([torch.nn.functional.pad(row * 0 + 1, pad) for row, pad in zip(rows, pads, strict=True)])
+        padded = model(ids, attention_mask=mask, labels=ids).aux_loss
+        torch.testing.assert_close(padded, packed)
+    if loss_type == "sequence":
+        torch.testing.assert_close(sum(model(row, labels=row).aux_loss for row in rows) / 3, packed)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 3, 48, 32), (1, 1, 32, 32), (1, 32, 32, 3)])
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_images_of_another_shape_are_refused(shape, tower, make_inputs):
+    inputs = make_inputs(tower) | {"pixel_values": torch.zeros(shape)}
+    with pytest.raises(ValueError, match=r"pixel_values must be \[N, 3, 32, 32\]; got \["):
+        make_model(tower)(**inputs)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])

@@ -55,6 +55,7 @@ def test_all_sources_give_the_same_pixels(processor, tmp_path):
     path.write_bytes(png(image))
     text = base64.b64encode(png(image)).decode()
     array = np.asarray(image)
+    processor.allowed_hosts = ["127.0.0.1"]
     with web_server(png(image)) as url:
         sources = [str(path), path, url, text, "data:image/png;base64," + text, png(image), io.BytesIO(png(image))]
         sources += [image, array, array.transpose(2, 0, 1), torch.tensor(array), torch.tensor(array).permute(2, 0, 1)]
@@ -167,14 +168,14 @@ def test_broken_picture_in_a_batch_is_named(processor, tmp_path):
     path = tmp_path / "broken.jpg"
     path.write_bytes(b"\xff\xd8\xff nothing")
     with pytest.raises(ValueError, match=r"image 1 of sample 1 .*broken.jpg.* cannot be read"):
-        processor(text=["<|image_pad|>"] * 2, images=[[picture()], [picture(), str(path)]])
+        processor(text=["<|image_pad|>", "<|image_pad|>" * 2], images=[[picture()], [picture(), str(path)]])
 
 
 def test_too_many_pixels_are_refused_before_decoding(processor, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    processor.max_image_pixels = 100
     content = png(picture())
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(ValueError, match="image 0 has more than 100 pixels and was not decoded"):
+    with pytest.raises(ValueError, match=r"image 0 .*has more than 100 pixels and was not decoded"):
         pixels(processor, content)
 
 
@@ -188,6 +189,7 @@ def test_options_of_the_image_processor(make_processor):
 
 
 def test_addresses_with_unusual_characters(processor):
+    processor.allowed_hosts = ["127.0.0.1"]
     with web_server(png(picture())) as url:
         for name in ("图.png", "a b.png?x=1&y=2"):
             assert torch.equal(pixels(processor, url.replace("picture.png", name)), pixels(processor, picture()))
@@ -196,12 +198,24 @@ def test_addresses_with_unusual_characters(processor):
         pixels(processor, "http://127.0.0.1:bad/picture.png")
 
 
-def test_download_that_fails_or_is_too_large(processor, monkeypatch):
+def test_download_that_fails(processor):
+    processor.allowed_hosts = ["127.0.0.1"]
     with web_server(b"") as url, pytest.raises(ValueError, match=r"image 0 .* cannot be downloaded: .*404"):
         pixels(processor, url)
-    monkeypatch.setattr("minimind_v.image_loading_minimind_v.MAX_DOWNLOAD_BYTES", 10)
-    with web_server(png(picture())) as url, pytest.raises(ValueError, match="takes more than 10 bytes"):
-        pixels(processor, url)
+
+
+def test_hosts_from_the_environment(make_processor, monkeypatch):
+    """For servers that load the processor, such as `transformers serve`."""
+    for value, allowed in (("", []), ("127.0.0.1,a.org", ["127.0.0.1", "a.org"])):
+        monkeypatch.setenv("MINIMIND_V_ALLOWED_HOSTS", value)
+        processor = make_processor()
+        assert processor.allowed_hosts == allowed
+        with web_server(png(picture())) as url:
+            if allowed:
+                assert torch.equal(pixels(processor, url), pixels(processor, picture()))
+            else:
+                with pytest.raises(ValueError, match="fetching is switched off"):
+                    pixels(processor, url)
 
 
 # --- Text, batches and chats ----------------------------------------------------------------------------------------

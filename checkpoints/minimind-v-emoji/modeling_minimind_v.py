@@ -28,6 +28,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 
 from .configuration_minimind_v import MiniMindConfig, MiniMindVConfig
 from .processing_minimind_v import MiniMindVProcessor  # noqa: F401 - a saved model takes along the files it imports
+from .router_loss_minimind_v import number_rows, router_auxiliary_loss
 
 # Pipelines log an error for a model class that is not in these tables.
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["minimind"] = "MiniMindForCausalLM"
@@ -82,29 +83,6 @@ class MiniMindModel(MiniMindPreTrainedModel, qwen3_moe.Qwen3MoeModel):
         self.post_init()
 
 
-def router_auxiliary_loss(
-    router_logits: tuple[torch.Tensor, ...], config: MiniMindConfig, batch_size: int
-) -> torch.Tensor:
-    """Load-balancing loss of a mixture of experts, from one tensor of logits `[B * T, E]` per layer with experts.
-
-    It is the sum over the layers of E * sum_e f_e P_e, where E is the number of experts, f_e how often a token chose
-    expert e, divided by the number of tokens (as in the original, padding counts), and P_e its mean probability:
-    - `"switch"`: over the whole batch (MiniMind-3; Switch Transformer, arXiv:2101.03961, equation 4);
-    - `"batch"`: the same divided by `num_experts_per_tok` (MiniMind2 with `seq_aux=False`);
-    - `"sequence"`: as `"batch"`, but the mean over the rows (MiniMind2; DeepSeek-V2, arXiv:2405.04434, equation 12).
-    """
-    groups = batch_size if config.router_aux_loss_type == "sequence" else 1
-    loss = router_logits[0].new_zeros((), dtype=torch.float32)
-    for logits in router_logits:
-        probabilities = logits.float().softmax(dim=-1)
-        chosen = probabilities.topk(config.num_experts_per_tok, dim=-1).indices
-        choices = torch.zeros_like(probabilities).scatter(-1, chosen, 1.0)
-        f = choices.view(groups, -1, config.num_experts).mean(dim=1)
-        p = probabilities.view(groups, -1, config.num_experts).mean(dim=1)
-        loss = loss + config.num_experts * (f * p).sum(dim=-1).mean().to(loss.device)
-    return loss if config.router_aux_loss_type == "switch" else loss / config.num_experts_per_tok
-
-
 @dataclass
 class MiniMindVModelOutputWithPast(MoeModelOutputWithPast):
     """The library's fields and `image_hidden_states`, the projected image features `[N * S, H]` or None."""
@@ -124,6 +102,8 @@ def predict_next_tokens(
     outputs: MoeModelOutputWithPast,
     labels: torch.LongTensor | None = None,
     logits_to_keep: int | torch.Tensor = 0,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.LongTensor | None = None,
     **kwargs: Any,
 ) -> MiniMindVCausalLMOutputWithPast:
     """Logits, loss and router loss: what both models with a head make of the hidden states in `outputs`."""
@@ -137,7 +117,8 @@ def predict_next_tokens(
     if labels is not None:
         loss = model.loss_function(logits, labels, config.vocab_size, **kwargs)
     if outputs.router_logits:
-        aux_loss = router_auxiliary_loss(outputs.router_logits, config, batch_size=hidden_states.shape[0])
+        rows = number_rows(hidden_states.shape[:2], attention_mask, position_ids)
+        aux_loss = router_auxiliary_loss(outputs.router_logits, config, rows.to(hidden_states.device))
         if loss is not None:
             weight = config.router_aux_loss_coef
             if (num_items := kwargs.get("num_items_in_batch")) is not None:
@@ -191,7 +172,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        return predict_next_tokens(self, outputs, labels, logits_to_keep, **kwargs)
+        return predict_next_tokens(self, outputs, labels, logits_to_keep, attention_mask, position_ids, **kwargs)
 
 
 # --- Vision and language ---------------------------------------------------------------------------------------------
@@ -241,7 +222,15 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
 
         Returns the tower's output; its `pooler_output` is a list with one projected tensor `[S, H]` per image.
         """
-        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        vision = self.config.vision_config
+        expected = (vision.num_channels, vision.image_size, vision.image_size)
+        if pixel_values.shape[1:] != expected:
+            shape = ", ".join(map(str, expected))
+            raise ValueError(f"pixel_values must be [N, {shape}]; got {list(pixel_values.shape)}.")
+        return self.project(self.vision_tower(pixel_values, return_dict=True, **kwargs))
+
+    def project(self, outputs: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
+        """Sets `pooler_output`, see [`get_image_features`], from the tower's `last_hidden_state`."""
         # MiniMind2 takes CLIP's features before post_layernorm, MiniMind-3 SigLIP's after it: for both, this field.
         features = outputs.last_hidden_state
         if self.config.vision_feature_select_strategy == "default":
@@ -371,7 +360,7 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, GenerationMixi
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        return predict_next_tokens(self, outputs, labels, logits_to_keep, **kwargs)
+        return predict_next_tokens(self, outputs, labels, logits_to_keep, attention_mask, position_ids, **kwargs)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, input_ids: torch.LongTensor | None = None, **kwargs: Any

@@ -1,23 +1,27 @@
-"""Processor of MiniMind-V (text and images -> model inputs) and its image-to-text pipeline.
+"""Processor of MiniMind-V: text and images -> model inputs.
 
 The processor is strict where the stock path is silently wrong: every sample has exactly as many images as image
 tokens, no image is ever cut, and nothing that a user types becomes an image or a turn.
 """
 
-import copy
 import os
+import re
+import threading
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import AutoImageProcessor, BatchFeature, ImageTextToTextPipeline, Pipeline, ProcessorMixin
+from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
-from .image_loading_minimind_v import load_image
+from .chat_checking_minimind_v import check_chat, check_texts
+from .image_loading_minimind_v import MAX_PIXELS, load_image
+from .pipeline_minimind_v import DEFAULT_PROMPT, MiniMindVImageToTextPipeline
 
 TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-DEFAULT_PROMPT = "Describe this image."
+GUARD = re.compile(r"\{#- Guard:.*?Guard: end\. -#\}", re.DOTALL)  # in our chat templates
+TOKENIZER_LOCK = threading.Lock()  # A fast tokenizer keeps how to pad in itself, for all threads.
 
 
 class MiniMindVProcessor(ProcessorMixin):
@@ -31,13 +35,15 @@ class MiniMindVProcessor(ProcessorMixin):
         chat_template: Jinja template; left out, the tokenizer's.
 
     Call it with `text` and `images`, or use `apply_chat_template(..., tokenize=True, return_dict=True)`. Images are
-    given as in [`load_image`]: one, a list in reading order over the batch, or a list per sample.
+    given as in [`load_image`]: one, a list in reading order over the batch, or a list per sample. They are loaded one
+    after the other, as [`load_image`] does with the attributes `max_image_pixels` and `allowed_hosts`; the latter can
+    also be set by the environment variable MINIMIND_V_ALLOWED_HOSTS (names with commas between; empty: none).
 
     Returns `input_ids`, `attention_mask` `[B, T]` and `pixel_values` `[N, 3, height, width]`, N images in all.
 
     Raises:
         ValueError: Image tokens and images of a sample differ in number, truncation would cut an image, the prompt is
-            longer than the model's positions, an image is broken, or a chat contains control tokens as text.
+            longer than the model's positions, an image is broken, or a chat is (see [`check_chat`]).
     """
 
     def __init__(
@@ -62,6 +68,9 @@ class MiniMindVProcessor(ProcessorMixin):
             given = f"{self.image_token[:20]!r} is {len(ids)}"
             raise ValueError(f"image_token must be one token of the tokenizer; {given}. {advice}")
         self.image_token_id = ids[0]
+        self.max_image_pixels, hosts = MAX_PIXELS, os.environ.get("MINIMIND_V_ALLOWED_HOSTS")
+        self.allowed_hosts = None if hosts is None else [name for name in hosts.split(",") if name]
+        self.max_text_bytes = tokenizer.model_max_length * max(map(len, tokenizer.get_vocab()))
         # Too long a prompt is an error here, so the tokenizer need not warn of it.
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self.auto_map = {"AutoProcessor": "processing_minimind_v.MiniMindVProcessor"}
@@ -74,44 +83,54 @@ class MiniMindVProcessor(ProcessorMixin):
         kwargs = {"backend": "pil"} | kwargs
         return [AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs), tokenizer]
 
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """See the class."""
+        with TOKENIZER_LOCK:
+            return super().__call__(images=images, text=text, **kwargs)
+
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
-        """Loads the images; as a list, or as lists per sample if they were given so."""
+        """Images as a list, or as lists per sample if they are given so; not loaded yet."""
         _, text, videos, audio = super().prepare_inputs_layout(text=text, **kwargs)
         if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
             images = list(images)
         elif images is not None and not isinstance(images, (list, tuple)):
             images = [images]
-        crops = kwargs.get("do_center_crop", getattr(self.image_processor, "do_center_crop", False))
-        loaded: list[Any] = []
-        for i, item in enumerate(images or []):
-            if isinstance(item, (list, tuple)):
-                loaded.append([load_image(x, f"image {j} of sample {i}", crops) for j, x in enumerate(item)])
-            else:
-                loaded.append(load_image(item, f"image {i}", crops))
-        if len({isinstance(item, list) for item in loaded}) > 1:
+        if len({isinstance(item, (list, tuple)) for item in images or []}) > 1:
             raise ValueError("images must be a list of images or a list of lists of images, not both in one list.")
-        return loaded or None, text, videos, audio
+        return images or None, text, videos, audio
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
         """Every sample must have as many images as image tokens; of a flat list of images, only the sum is known."""
-        if text is not None and all(isinstance(sample, str) for sample in text):
-            tokens, given = [sample.count(self.image_token) for sample in text], images or []
-            nested = len(given) > 0 and isinstance(given[0], list)
-            given = [len(sample) for sample in given] if nested else [len(given)]
-            if given != (tokens if nested else [sum(tokens)]):
-                raise ValueError(
-                    "The number of image tokens in the prompts should be the same as the number of images, but they "
-                    f"are {tokens} and {given}. Pass one list of images per prompt, which may be empty."
-                )
-        super().validate_inputs(images=images, text=text, **kwargs)
+        if text is None:
+            return super().validate_inputs(images=images, **kwargs)
+        if not all(isinstance(sample, str) for sample in text):
+            raise ValueError("`text` must be a string or list of strings.")
+        if (size := max((check_texts(sample) for sample in text), default=0)) > self.max_text_bytes:
+            raise ValueError(f"A prompt has {size} bytes, which is more than the model's positions can hold.")
+        tokens, given = [sample.count(self.image_token) for sample in text], images or []
+        nested = len(given) > 0 and isinstance(given[0], (list, tuple))
+        given = [len(sample) for sample in given] if nested else [len(given)]
+        if given != (tokens if nested else [sum(tokens)]):
+            raise ValueError(
+                "The number of image tokens in the prompts should be the same as the number of images, but they "
+                f"are {tokens} and {given}. Pass one list of images per prompt, which may be empty."
+            )
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict, list[str]]:
         if not kwargs.get("do_rescale", True):
             raise ValueError(
                 "do_rescale=False is not possible: images of any kind are loaded with 8 bits per channel."
             )
-        flat = [image for sample in images for image in (sample if isinstance(sample, list) else [sample])]
-        return super()._process_images(flat, **kwargs) if flat else ({}, [])
+        options = {"is_cropped": kwargs.get("do_center_crop", getattr(self.image_processor, "do_center_crop", False))}
+        options |= {"max_pixels": self.max_image_pixels, "allowed_hosts": self.allowed_hosts}
+        pixel_values: list[Any] = []
+        for i, sample in enumerate(images):
+            nested = isinstance(sample, (list, tuple))
+            for j, source in enumerate(sample if nested else [sample]):  # one at a time, because they may be huge
+                image = load_image(source, f"image {j} of sample {i}" if nested else f"image {i}", **options)
+                pixel_values += self.image_processor(image, **kwargs | {"return_tensors": None})["pixel_values"]
+        data = {"pixel_values": pixel_values} if pixel_values else {}
+        return data, [self.replace_image_token(data, index) for index in range(len(pixel_values))]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The text that one `image_token` becomes: as many tokens as the image has features."""
@@ -140,90 +159,30 @@ class MiniMindVProcessor(ProcessorMixin):
         `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}` (or "url", "path", "base64").
 
         Raises:
-            ValueError: With `tokenize=True`, a text contains a control token: what a user types must not become a turn
-                or an image.
+            ValueError: As [`check_chat`]: what a user types must not become a turn or an image.
         """
-        if kwargs.get("tokenize") and not kwargs.get("sanitize_control_tokens"):
-            self.check_chat(conversation)
-        return super().apply_chat_template(conversation, *args, **kwargs)
+        is_sanitized = kwargs.get("sanitize_control_tokens", False) and TRANSFORMERS_VERSION >= (5, 23)
+        chats = [getattr(chat, "messages", chat) for chat in conversation]
+        is_batched = len(chats) > 0 and not isinstance(chats[0], dict)
+        chats = [self.check_chat(chat, is_sanitized) for chat in (chats if is_batched else [chats])]
+        try:
+            check_texts([kwargs.get("tools"), kwargs.get("documents")], self.control_tokens)
+        except ValueError as error:
+            raise ValueError(f"tools or documents of the chat: {error}.") from None
+        if is_sanitized:  # then what the guard would refuse is encoded as plain text
+            kwargs["chat_template"] = GUARD.sub("", kwargs.get("chat_template") or self.chat_template)
+        return super().apply_chat_template(chats if is_batched else chats[0], *args, **kwargs)
 
-    def check_chat(self, conversation: Any) -> None:
-        """Raises a ValueError if a chat has parts that are neither text nor image, or control tokens as text."""
-        control_tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        for message in conversation:
-            if isinstance(message, (list, tuple)):
-                self.check_chat(message)
-                continue
-            role, content = message.get("role"), message.get("content") or ""
-            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            for part in parts:
-                if part.get("type") not in ("text", "image", "image_url"):
-                    kind = part.get("type")
-                    raise ValueError(f"A {role} message has a part of type {kind!r}; only text and image are known.")
-                if found := [token for token in control_tokens if token in (part.get("text") or "")]:
-                    advice = "Remove it; pass an image as an image part."
-                    since = "(From transformers 5.23 on, sanitize_control_tokens=True keeps it as plain text.)"
-                    raise ValueError(
-                        f"A {role} message contains the control token {found[0]!r} as text. {advice} {since}"
-                    )
+    @property
+    def control_tokens(self) -> list[str]:
+        """What no text of a chat may contain."""
+        return [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 
-
-# --- Pipeline --------------------------------------------------------------------------------------------------------
-
-
-class MiniMindVImageToTextPipeline(ImageTextToTextPipeline):
-    """`pipeline("image-to-text", model=..., trust_remote_code=True)`: an image in, its caption out.
-
-    Example:
-        >>> captioner = pipeline("image-to-text", model="checkpoints/minimind-v-emoji", trust_remote_code=True)
-        >>> captioner("examples/images/apple.png", prompt="What is this?", max_new_tokens=20)
-        [{'generated_text': 'Red apple.'}]
-    """
-
-    def __call__(self, inputs: Any, prompt: str = DEFAULT_PROMPT, **kwargs: Any) -> list:
-        """Captions one image as in [`load_image`], a list, a dataset or a generator of them.
-
-        Args:
-            inputs: The images.
-            prompt: The question about each.
-            **kwargs: `max_new_tokens`, `batch_size`, `generate_kwargs`, or any argument of `generate`.
-
-        Returns:
-            `[{"generated_text": str}]` for one image, a list of such lists for several.
-        """
-        return Pipeline.__call__(self, inputs, prompt=prompt, **kwargs)
-
-    def preprocess(self, inputs: Any, prompt: str = DEFAULT_PROMPT, **kwargs: Any) -> BatchFeature:
-        content = [{"type": "image", "image": inputs}, {"type": "text", "text": prompt}]
-        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], **options)
-
-    def _forward(self, model_inputs: dict, generate_kwargs: dict | None = None) -> dict:
-        options = dict(generate_kwargs or {})
-        if TRANSFORMERS_VERSION >= (5, 20):
-            options = self._prepare_generate_kwargs(options, return_dict_in_generate=False)
-        else:  # until 5.20 is the lower bound: one whole config, because generate() warns of single options beside it
-            options.pop(
-                "return_dict_in_generate", None
-            )  # which the library's pipelines write into what they are given
-            config = copy.deepcopy(options.pop("generation_config", self.generation_config))
-            options = config.update(**options, return_dict_in_generate=False)
-            config.max_length = None if config.max_new_tokens is not None else config.max_length
-            options["generation_config"] = config
-        sequences = self.model.generate(**model_inputs, **options)
-        rows, length = model_inputs["input_ids"].shape  # each row may have several answers
-        return {"answers": sequences[:, length:].reshape(rows, -1, sequences.shape[-1] - length)}
-
-    def postprocess(self, model_outputs: dict, **kwargs: Any) -> list[dict[str, str]]:
-        texts = self.processor.batch_decode(model_outputs["answers"].flatten(0, -2), skip_special_tokens=True)
-        return [{"generated_text": text.strip()} for text in texts]
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Saves model and processor: a complete checkpoint."""
-        self.model.save_pretrained(save_directory, **kwargs)
-        self.processor.save_pretrained(save_directory)
+    def check_chat(self, messages: Any, is_sanitized: bool = False) -> list[dict[str, Any]]:
+        """See [`check_chat`]."""
+        return check_chat(messages, self.control_tokens, self.max_text_bytes, is_sanitized)
 
 
 MiniMindVProcessor.register_for_auto_class()
 
-__all__ = ["MiniMindVImageToTextPipeline", "MiniMindVProcessor"]
+__all__ = ["DEFAULT_PROMPT", "MiniMindVImageToTextPipeline", "MiniMindVProcessor"]

@@ -33,6 +33,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from minimind_v.conversion.tokenizers import guard
+
 PACKAGES = {  # style -> npm package, SHA-256 of its tarball
     "noto": ("@iconify-json/noto@1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
     "noto-v1": ("@iconify-json/noto-v1@1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
@@ -130,7 +132,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         padding_side="left",
         pad_token="<|endoftext|>",
@@ -139,8 +141,9 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         eos_token="<|im_end|>",
         extra_special_tokens={"image_token": "<|image_pad|>"},
         model_max_length=CONTEXT_LENGTH,
-        chat_template=CHAT_TEMPLATE,
     )
+    wrapped.chat_template = guard(wrapped) + CHAT_TEMPLATE
+    return wrapped
 
 
 def main() -> None:
