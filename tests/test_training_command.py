@@ -20,6 +20,7 @@ from minimind_v.training.check import check, show
 from minimind_v.training.output_folder import last_checkpoint
 from minimind_v.training.report import plot_losses
 from minimind_v.training.train import main, train
+from minimind_v_cli.__main__ import main as command_line_main
 
 PROGRAM = ["-m", "minimind_v_cli", "train"]  # behind `python` or `accelerate launch`, where a test needs a process
 
@@ -194,16 +195,16 @@ def test_broken_rows_are_found_before_the_first_step(folder, tmp_path, capsys):
     lines += ["{broken", json.dumps(caption_row("missing.png")), json.dumps(caption_row("0.png", answer="long " * 99))]
     roles = [{"role": "assistant", "content": "A"}, {"role": "assistant", "content": "B"}]
     lines += [json.dumps({"messages": roles}), json.dumps(caption_row("0.png") | {"images": []})]
-    Image.new("1", (20000, 10000)).save(folder / "huge.png")
+    Image.new("1", (400, 200)).save(folder / "huge.png")
     lines += [json.dumps(caption_row("huge.png"))]
     (folder / "rows.jsonl").write_text("\n".join(lines))
-    options = {"max_steps": 2, "max_length": 60}
+    options = {"max_steps": 2, "max_length": 60, "max_image_pixels": 70_000}
     with pytest.raises(ValueError, match="5 of 12 rows are broken") as error:
         train(arguments(tmp_path, CHECKPOINT, folder / "rows.jsonl", **options))
     reasons = ["row 6: Expecting property name", "row 7: image 0 of sample 0", "row 9: the roles of a chat must be"]
     reasons += ["row 10: the text has places for 1 images", "row 11: image 0 of sample 0", "--on-broken skip"]
     assert all(reason in str(error.value) for reason in reasons)
-    assert "has more than 89478485 pixels and was not decoded" in str(error.value)
+    assert "it has more than 70000 pixels and was not decoded" in str(error.value)
     trainer = train(arguments(tmp_path, CHECKPOINT, folder / "rows.jsonl", on_broken="skip", **options))
     assert len(trainer.train_dataset) == 6 and "row 8: " in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "all_results.json").read_text())["rows_left_out"] == 6
@@ -384,3 +385,20 @@ def test_missing_extras_are_named(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("minimind_v.training.arguments.is_tensorboard_available", lambda: False)
     with pytest.raises(ImportError, match=r'--report-to tensorboard needs .*: pip install "minimind-v\[train\]"'):
         arguments(tmp_path, CHECKPOINT, folder, report_to="tensorboard")
+
+
+def test_limits_for_pictures_of_strangers(folder, tmp_path):
+    """Of check and of training; a host is refused before it is asked."""
+    rows = [caption_row("0.png"), caption_row("large.png"), caption_row("http://127.0.0.1:9/a.png")]
+    Image.new("RGB", (400, 200)).save(folder / "large.png")
+    data = write_jsonl(folder / "rows.jsonl", rows)
+    limits = {"max_image_pixels": 70_000, "allowed_hosts": ["example.com"]}
+    broken = check(data, CHECKPOINT, **limits)["broken"]
+    assert broken.keys() == {1, 2} and "more than 70000 pixels" in broken[1] and "not an allowed one" in broken[2]
+    assert check(data, CHECKPOINT)["broken"].keys() == {2}  # a private address
+    trainer = train(arguments(tmp_path, CHECKPOINT, data, max_steps=1, on_broken="skip", **limits))
+    assert len(trainer.train_dataset) == 1
+    options = ["--max-image-pixels", "70000", "--allowed-hosts", "example.com", "127.0.0.1"]
+    with pytest.raises(SystemExit) as exit:
+        command_line_main(["check", str(data), *options])
+    assert exit.value.code == 1

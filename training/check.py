@@ -47,7 +47,8 @@ def check(
     Returns:
         What [`inspect_rows`] returns, and `preview`.
     """
-    dataset, processor = MiniMindVDataset(data, allowed_hosts), load_processor(model, max_image_pixels, allowed_hosts)
+    processor = load_processor(model, max_image_pixels, allowed_hosts)
+    dataset = MiniMindVDataset(data, processor.allowed_hosts)
     collator = MiniMindVDataCollator(processor, max_length)
     report = inspect_rows(dataset, collator, workers)
     report["preview"] = [
@@ -62,7 +63,8 @@ def check(
 def load_processor(model: str | Path, max_image_pixels: int | None, allowed_hosts: Sequence[str] | None) -> Any:
     """The processor of a checkpoint, with limits for images of strangers."""
     processor = AutoProcessor.from_pretrained(model)
-    processor.allowed_hosts = allowed_hosts
+    if allowed_hosts is not None:
+        processor.allowed_hosts = allowed_hosts
     if max_image_pixels is not None:
         processor.max_image_pixels = max_image_pixels
     return processor

@@ -68,7 +68,7 @@ class MiniMindVDataCollator:
             ValueError: An unreadable image, a control token in a text, or an image that `image_features` has not.
         """
         processor = self.processor
-        processor.check_chat(messages)
+        messages = processor.check_chat(messages)
         # The tokenizer alone: the processor gives the same ids, but would open images whose features are at hand.
         encoded = processor.tokenizer.apply_chat_template(
             messages,

@@ -21,11 +21,11 @@ from typing import Any
 
 from torch.utils.data import Dataset, Subset
 
+from ..chat_checking_minimind_v import IMAGE_KEYS, normalize_parts
 from ..processing_minimind_v import DEFAULT_PROMPT
 from .downloads import download_once
 
 MARKER = "<image>"
-IMAGE_KEYS = ("image", "url", "path", "base64")  # where an image part may hold its image
 
 
 def read_rows(source: Any) -> tuple[Any, Path]:
@@ -193,25 +193,7 @@ def split_content(message: dict[str, Any]) -> list[dict[str, Any]]:
     if isinstance(content, str) or content is None:
         pieces = [content or ""] if message["role"] == "system" else re.split(f"({MARKER})", content or "")
         return [{"type": "image"} if piece == MARKER else {"type": "text", "text": piece} for piece in pieces if piece]
-    if not isinstance(content, (list, tuple)) or not all(isinstance(part, dict) for part in content):
-        raise ValueError(f"the content of a {message['role']} message must be a string or a list of parts")
-    # Arrow gives all parts all keys
-    parts = [{key: value for key, value in part.items() if value is not None} for part in content]
-    return normalize_parts({**message, "content": parts})["content"]
-
-
-def normalize_parts(message: dict[str, Any]) -> dict[str, Any]:
-    """Until the core has it."""
-    parts = []
-    for part in message["content"]:
-        kind = part.get("type")
-        if kind == "image_url":
-            url = part.get("image_url")
-            part = {"type": "image", "url": url.get("url") if isinstance(url, dict) else url}
-        elif kind not in ("text", "image"):
-            raise ValueError(f"A {message['role']} message has a part of type {kind!r}; known are text, image.")
-        parts.append(part)
-    return {**message, "content": parts}
+    return normalize_parts(message)["content"]
 
 
 def locate(image: Any, folder: Path, allowed_hosts: Sequence[str] | None = None) -> Any:

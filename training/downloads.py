@@ -8,15 +8,8 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import constants
 
+from ..downloading_minimind_v import download, without_secrets
 from ..image_loading_minimind_v import load_image
-
-try:
-    from ..image_loading_minimind_v import download
-except ImportError:  # until the core has it
-    from ..image_loading_minimind_v import _download
-
-    def download(url, name, allowed_hosts=None):
-        return _download(url, name)
 
 
 def download_once(url: str, allowed_hosts: Sequence[str] | None = None) -> str:
@@ -31,9 +24,8 @@ def download_once(url: str, allowed_hosts: Sequence[str] | None = None) -> str:
     Raises:
         ValueError: The host is not allowed, the URL cannot be fetched, or it shows no image.
     """
-    parts = urlsplit(url)
-    name = f"the image {parts.scheme}://{parts.hostname}{parts.path}"  # without passwords
-    if allowed_hosts is not None and parts.hostname not in allowed_hosts:
+    name = f"the image {without_secrets(url)}"
+    if allowed_hosts is not None and urlsplit(url).hostname not in allowed_hosts:
         raise ValueError(f"{name} is not fetched: its host is not an allowed one")
     path = Path(constants.HF_HOME, "minimind-v", "images", hashlib.sha256(url.encode()).hexdigest())
     if not path.exists():

@@ -58,16 +58,16 @@ def fingerprint(model: MiniMindVForConditionalGeneration, processor: MiniMindVPr
 
 
 def pass_features_through(model: MiniMindVForConditionalGeneration) -> None:
-    """Lets the model's tower take its own output `[N, positions, width]` too, and hand it on as it is."""
-    tower = model.model.vision_tower
-    forward = tower.forward
+    """Lets the model take the tower's output `[N, positions, width]` too, as `pixel_values`."""
+    encoder: Any = model.model
+    encode = encoder.get_image_features
 
-    def forward_or_pass(pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+    def encode_or_pass(pixel_values: torch.Tensor, **kwargs: Any) -> Any:
         if pixel_values.ndim == 3:
-            return BaseModelOutputWithPooling(last_hidden_state=pixel_values)
-        return forward(pixel_values, **kwargs)
+            return encoder.project(BaseModelOutputWithPooling(last_hidden_state=pixel_values))
+        return encode(pixel_values, **kwargs)
 
-    tower.forward = forward_or_pass
+    encoder.get_image_features = encode_or_pass
 
 
 class ImageFeatureCache:

@@ -65,8 +65,8 @@ def train(arguments: TrainArguments) -> MiniMindVTrainer:
     processor = load_processor(arguments.model, arguments.max_image_pixels, arguments.allowed_hosts)
     freeze(model, arguments.stage, arguments.freeze_llm)
 
-    dataset = MiniMindVDataset(arguments.data, arguments.allowed_hosts)
-    held_out = MiniMindVDataset(arguments.eval_data, arguments.allowed_hosts) if arguments.eval_data else None
+    dataset = MiniMindVDataset(arguments.data, processor.allowed_hosts)
+    held_out = MiniMindVDataset(arguments.eval_data, processor.allowed_hosts) if arguments.eval_data else None
     cache = None
     if arguments.cache_image_features:
         datasets = [dataset] if held_out is None else [dataset, held_out]

@@ -20,7 +20,7 @@ class MiniMindVTrainer(Trainer):
     """transformers' Trainer for this model.
 
     - It logs the router loss of a mixture of experts, which `loss` contains, also by itself.
-    - Label smoothing happens inside the model, where the router loss is added; the library's, outside, leaves that out.
+    - Labels are smoothed inside the model, where the router loss is added; the library does it outside, without that.
     - A step without a token to train on has the loss 0, not 0 / 0.
     - Old checkpoints are deleted in the order of their steps, not of their times: a clock may be set back.
     """
