@@ -320,6 +320,8 @@ def test_two_trainings_do_not_mix_in_one_folder(folder, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     with pytest.raises(FileExistsError, match=r"out is not empty.*--overwrite.*--resume-from-checkpoint latest"):
         train(arguments(tmp_path, CHECKPOINT, folder, max_steps=1))
+    with pytest.raises(FileExistsError, match=r"out is not empty"):
+        train(arguments(tmp_path, CHECKPOINT, folder, resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-1")))
     with pytest.raises(FileNotFoundError, match=r"missing.jsonl does not exist"):  # then nothing is deleted either
         train(arguments(tmp_path, CHECKPOINT, folder / "missing.jsonl", max_steps=1, overwrite=True))
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before

@@ -35,6 +35,7 @@ def check_output_folder(arguments: TrainArguments) -> None:
         ValueError: To overwrite the folder would delete what the training reads.
     """
     folder, resume = Path(arguments.output_dir), arguments.resume_from_checkpoint
+    is_empty = not folder.exists() or not any(folder.iterdir())
     if resume in ("True", "true", "latest"):
         arguments.resume_from_checkpoint = last_checkpoint(folder)
         if arguments.resume_from_checkpoint is None:
@@ -46,7 +47,7 @@ def check_output_folder(arguments: TrainArguments) -> None:
         for path in map(Path, filter(None, read)):
             if path.exists() and path.resolve().is_relative_to(folder.resolve()):
                 raise ValueError(f"--overwrite would delete {path}, because it is in --output-dir {folder}.")
-    elif not resume and folder.exists() and any(folder.iterdir()):
+    elif not is_empty and not (resume and Path(resume).resolve().parent == folder.resolve()):
         raise FileExistsError(
             f"{folder} is not empty, and two trainings in one folder would mix. Choose another --output-dir, delete "
             "what is there with --overwrite, or go on with it with --resume-from-checkpoint latest."
