@@ -131,7 +131,7 @@ def _open(file: Any) -> Image.Image:
     Image.init()
     for name in FORMATS:
         factory, accepts = Image.OPEN.get(name, (None, None))
-        if factory is not None and accepts is not None and accepts(start[:16]) is True:
+        if factory is not None and accepts is not None and accepts(start[:16].ljust(16)) is True:
             file.seek(0)
             return factory(file, "")
     raise ValueError(_what_else(start))
