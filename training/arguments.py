@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.integrations import is_tensorboard_available
+from transformers.integrations.integration_utils import is_tensorboard_available
 
 from .stages import LEARNING_RATES
 
@@ -96,7 +96,7 @@ class TrainArguments(TrainingArguments):
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         super().__post_init__()
-        if "tensorboard" in self.report_to and not is_tensorboard_available():
+        if "tensorboard" in (self.report_to or ()) and not is_tensorboard_available():
             raise ImportError('--report-to tensorboard needs TensorBoard: pip install "minimind-v[train]"')
         launched = int(os.environ.get("WORLD_SIZE", 1))
         if launched > 1 and self.world_size == 1:
