@@ -302,6 +302,13 @@ is 1 then), and which tokens are trained on.""",
         default=0,
         help="processes that read rows (default: %(default)s)",
     )
+    parser.add_argument("--max-image-pixels", type=number(int, 1), metavar="N", help="larger pictures are broken rows")
+    parser.add_argument(
+        "--allowed-hosts",
+        nargs="*",
+        metavar="HOST",
+        help="the only hosts whose picture URLs are fetched (default: any public one)",
+    )
 
 
 def check(data: str, model: str | None, **options: Any) -> int:
@@ -324,7 +331,7 @@ All options of transformers' TrainingArguments work; the ones used most are
 below, minimind-v train --help-all lists every one.""",
         examples="""\
   minimind-v train --model checkpoints/minimind-v-emoji --data examples/images \\
-      --output-dir my-model --num-train-epochs 30 --learning-rate 1e-3
+      --output-dir my-model --num-train-epochs 30 --learning-rate 5e-4
   accelerate launch -m minimind_v_cli train --model ...  # several GPUs""",
     )
     parser.add_argument("--help-all", action="store_true", help="list every option")
@@ -346,11 +353,14 @@ below, minimind-v train --help-all lists every one.""",
     )
     own("--check-data", metavar="false", help="do not read every row before the first step")
     own("--on-broken", metavar="skip", help="leave broken rows out, instead of listing them and stopping")
+    own("--overwrite", action="store_true", help="delete what the output folder holds, and begin anew")
+    own("--max-image-pixels", metavar="N", help="larger pictures are broken rows")
+    own("--allowed-hosts", metavar="HOST", help="the only hosts whose picture URLs are fetched (default: any public)")
     library = parser.add_argument_group("options of transformers' TrainingArguments").add_argument
     library("--output-dir", metavar="DIR", help="folder of checkpoints and the result (default: minimind-v-output)")
     library("--num-train-epochs", metavar="3", help="how often every row is seen")
     library("--max-steps", metavar="STEPS", help="instead of epochs")
-    library("--learning-rate", metavar="1e-4", help="default: 4e-4 for pretrain, 5e-6 for sft, 2e-4 with --lora-rank")
+    library("--learning-rate", metavar="1e-4", help="default: 4e-4 for pretrain, 5e-6 for sft, 2e-2 with --lora-rank")
     library("--per-device-train-batch-size", metavar="16", help="rows per step and device")
     library("--gradient-accumulation-steps", metavar="1", help="steps whose gradients make one update")
     library("--bf16", metavar="true", help="train in bfloat16, on GPUs that have it")

@@ -1,7 +1,16 @@
 """Training: every data form, labels, what is trainable in each stage, cached image features, LoRA."""
 
+import base64
+import functools
+import http.server
 import json
+import os
+import random
+import socket
+import subprocess
 import sys
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +22,7 @@ from transformers import SiglipImageProcessorPil
 from minimind_v import MiniMindVProcessor
 from minimind_v.conversion.tokenizers import wrap_tokenizer
 from minimind_v.training import MiniMindVDataCollator, MiniMindVDataset, freeze
+from minimind_v.training.check import inspect_rows
 from minimind_v.training.data import normalize_row
 from minimind_v.training.image_features import ImageFeatureCache, pass_features_through
 from minimind_v.training.stages import add_lora, merge_lora
@@ -52,6 +62,11 @@ def test_all_forms_of_data_give_the_same_rows(folder, processor):
         assert all(torch.equal(batch[key], batches[0][key]) for key in batch)
 
 
+def part_row(part):
+    """A row whose question has this part."""
+    return {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "A cat."}]}
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
@@ -66,6 +81,16 @@ def test_all_forms_of_data_give_the_same_rows(folder, processor):
         ({"messages": [{"role": "assistant", "content": "b"}]}, "user or tool before each assistant"),
         ({"messages": ["a"]}, r"roles .* but they are \['a'\]"),
         ("[1, 2]", "a row must be an object with messages and images, not a list"),
+        ({"messages": 3}, "messages must be a list, not a int"),
+        (caption_row(None), "image 0 of the row is null"),
+        (caption_row({"bytes": None, "path": None}), "image 0 of the row is null"),
+        (caption_row(""), "image 0 of the row is null"),
+        (
+            {"messages": [{"role": "user", "content": ["a"]}, {"role": "assistant", "content": "b"}]},
+            "a part must be an object with a type; got str",
+        ),
+        (part_row({"type": "video", "video": "a.mp4"}), "'video'"),
+        (part_row({"type": "image_url", "image_url": {"url": ""}}), "image 0 of the row is null"),
     ],
 )
 def test_rows_that_cannot_be_trained_on(row, message):
@@ -74,8 +99,15 @@ def test_rows_that_cannot_be_trained_on(row, message):
 
 
 def test_missing_and_broken_files_are_named(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"metadata.jsonl does not exist"):
+    with pytest.raises(
+        FileNotFoundError, match=r'metadata.jsonl does not exist. .* one line .* \{"file_name": "cat.png"'
+    ):
         MiniMindVDataset(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"a.jsonl does not exist. Give a .jsonl or .parquet file"):
+        MiniMindVDataset(tmp_path / "a.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n \n")
+    with pytest.raises(ValueError, match=r"empty.jsonl is empty. It needs one row"):
+        MiniMindVDataset(tmp_path / "empty.jsonl")
     (tmp_path / "rows.txt").write_text("a")
     with pytest.raises(ValueError, match=r"rows.txt must be a .jsonl or .parquet file"):
         MiniMindVDataset(tmp_path / "rows.txt")
@@ -83,12 +115,57 @@ def test_missing_and_broken_files_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r'Parquet needs .* pip install "minimind-v\[train\]"'):
         MiniMindVDataset(tmp_path / "rows.parquet")
-    (tmp_path / "rows.jsonl").write_text('{"text": "a\u2028b"}\n{oops\n')
+    (tmp_path / "rows.jsonl").write_text('{"text": "a\u2028b"}\n\n{oops\n')
     dataset = MiniMindVDataset(tmp_path / "rows.jsonl")
-    with pytest.raises(ValueError, match=r"Row 0: a row needs messages and images.*it has \['text'\]"):
-        dataset[0]
-    with pytest.raises(ValueError, match="Row 1: Expecting property name"):
-        dataset[1]
+    assert len(dataset) == 2
+    assert dataset[0]["row"] == 0 and dataset[0]["error"].endswith("it has ['text']")
+    assert dataset[1]["row"] == 1 and dataset[1]["error"].startswith("Expecting property name")
+
+
+def test_an_image_part_may_hold_its_image_in_any_form(folder, processor):
+    """Among them OpenAI's: each gives the batch of the image part that takes the next of `images`."""
+    url = f"data:image/png;base64,{base64.b64encode(png(0)).decode()}"
+    parts = [{"type": "image", "path": "0.png"}, {"type": "image", "base64": url.partition(",")[2]}]
+    parts += [{"type": "image", "image": {"bytes": png(0), "path": None}}, {"type": "image", "url": url}]
+    parts += [{"type": "image_url", "image_url": {"url": url}}, {"type": "image_url", "image_url": url, "text": None}]
+    rows = [caption_row("0.png", question="", answer="A cat."), *map(part_row, parts)]
+    collate = MiniMindVDataCollator(processor)
+    expected, *batches = [collate([{"messages": normalize_row(row, folder)}]) for row in rows]
+    for batch in batches:
+        assert batch.keys() == expected.keys() and all(torch.equal(batch[key], expected[key]) for key in batch)
+
+
+@pytest.fixture
+def host(folder):
+    """Address of a web server with the files of `folder`, and the paths that it was asked for."""
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            asked.append(self.path)
+
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_pictures_of_urls_are_fetched_once(host, folder, processor, tmp_path, monkeypatch):
+    """Over epochs, workers and trainings; what is no picture is not kept."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    (address, asked), hosts = host, ["127.0.0.1"]
+    (folder / "later.html").write_text("<html>Try later.")
+    rows = [caption_row(f"{address}/{name}") for name in ("0.png", "1.png?secret=1", "later.html", "none.png")]
+    for workers in (0, 2, 0):
+        dataset = MiniMindVDataset(rows, allowed_hosts=hosts)
+        report = inspect_rows(dataset, MiniMindVDataCollator(processor), workers)
+        assert report["good"] == [0, 1] and report["broken"].keys() == {2, 3}
+        assert "cannot be downloaded" in report["broken"][3] and "/later.html" in report["broken"][2]
+    assert asked.count("/0.png") == asked.count("/1.png?secret=1") == 1 and asked.count("/later.html") == 3
+    assert len([path for path in (tmp_path / "home").rglob("*") if path.is_file()]) == 2
+    # also where the file is there, a host that is not allowed is refused
+    assert "its host is not an allowed one" in MiniMindVDataset(rows, allowed_hosts=[])[0]["error"]
 
 
 # --- Collator -------------------------------------------------------------------------------------------------------
@@ -149,13 +226,20 @@ def test_long_and_broken_rows(processor, caplog):
     broken = caption_row(b"no picture")
     items = [{"messages": normalize_row(row), "row": i} for i, row in enumerate([good, long, broken])]
     collate = MiniMindVDataCollator(processor, max_length=60, on_broken="skip")
-    assert collate(items)["input_ids"].shape[0] == 1
+    batch = collate(items)
+    assert (batch["labels"] != -100).any(1).tolist() == [True, False, False]
+    assert batch["attention_mask"].sum(1).tolist()[1:] == [1, 1] and len(batch["pixel_values"]) == 1
     assert collate.dropped.keys() == {1, 2} and len(caplog.records) == 2
     assert "more than max_length (60)" in collate.dropped[1] and "cannot be read" in collate.dropped[2]
     with pytest.raises(ValueError, match=r"Row 2: image 0 of sample 0 cannot be read as a picture"):
         MiniMindVDataCollator(processor)(items)
-    with pytest.raises(ValueError, match="No row of this batch can be used"):
-        collate(items[1:])
+    batch = collate([*items[1:], {"row": 3, "error": "not JSON"}])  # nothing but broken rows: nothing to train on
+    assert batch["input_ids"].shape == (3, 1) and (batch["labels"] == -100).all() and "pixel_values" not in batch
+    assert collate.dropped[3] == "not JSON"
+    with pytest.raises(ValueError, match="Row 3: not JSON"):
+        MiniMindVDataCollator(processor)([{"row": 3, "error": "not JSON"}])
+    packed = MiniMindVDataCollator(processor, max_length=60, on_broken="skip", packing=True)
+    assert packed(items[1:])["position_ids"].tolist() == [[0, 0]]
 
 
 @golden
@@ -224,7 +308,7 @@ def test_the_frozen_tower_builds_no_graph(processor, folder, tmp_path):
         model.zero_grad()
         model(**MiniMindVDataCollator(processor, image_features=features)([dataset[0]])).loss.backward()
         assert all(parameter.grad is not None for parameter in model.model.multi_modal_projector.parameters())
-    assert len(graphs) == 3 and not any(graphs)
+    assert len(graphs) == 2 and not any(graphs)
 
 
 # --- Cached image features ------------------------------------------------------------------------------------------
@@ -312,6 +396,42 @@ def test_an_interrupted_cache_goes_on(folder, processor, tmp_path, monkeypatch):
     shard = next(tmp_path.rglob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-10])
     assert len(ImageFeatureCache(tmp_path / "features", model, processor).shards) == 4 and not shard.exists()
+
+
+def test_a_damaged_cache_is_never_believed(folder, processor, tmp_path, monkeypatch):
+    """A single flipped bit anywhere in a shard, met by two processes at a time."""
+    model, rows, rng = make_model(), MiniMindVDataset(folder), random.Random(0)
+    cache = ImageFeatureCache(tmp_path / "features", model, processor)
+    cache.fill(rows)
+    (shard,) = tmp_path.rglob("*.safetensors")
+    content = shard.read_bytes()
+    for _ in range(20):
+        damaged, place = bytearray(content), rng.randrange(len(content))
+        damaged[place] ^= 1 << rng.randrange(8)
+        shard.write_bytes(damaged)
+        assert not ImageFeatureCache(tmp_path / "features", model, processor).shards and not shard.exists()
+    unlink = Path.unlink
+
+    def unlink_as_second(path, missing_ok=False):
+        unlink(path)
+        unlink(path, missing_ok)
+
+    shard.write_bytes(damaged)
+    monkeypatch.setattr(Path, "unlink", unlink_as_second)
+    assert not ImageFeatureCache(tmp_path / "features", model, processor).shards
+
+
+def test_what_dead_processes_left_in_the_cache_goes(processor, tmp_path):
+    model = make_model()
+    folder = ImageFeatureCache(tmp_path / "features", model, processor).folder
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    names = [f"a.safetensors.{host}.{process.pid}.part" for host in (socket.gethostname(), "another-host")]
+    names.append(f"a.safetensors.{socket.gethostname()}.{os.getpid()}.part")
+    for name in names:
+        (folder / name).write_bytes(b"")
+    ImageFeatureCache(tmp_path / "features", model, processor)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names[1:])
 
 
 # --- LoRA -----------------------------------------------------------------------------------------------------------

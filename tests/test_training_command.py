@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import pipeline
 
+from minimind_v.training import MiniMindVDataCollator, MiniMindVDataset
+from minimind_v.training.arguments import TrainArguments
 from minimind_v.training.check import check, show
-from minimind_v.training.train import TrainArguments, last_checkpoint, main, train
+from minimind_v.training.output_folder import last_checkpoint
+from minimind_v.training.report import plot_losses
+from minimind_v.training.train import main, train
+from minimind_v_cli.__main__ import main as command_line_main
 
 PROGRAM = ["-m", "minimind_v_cli", "train"]  # behind `python` or `accelerate launch`, where a test needs a process
 
@@ -44,6 +50,24 @@ def test_check_writes_a_page(folder, tmp_path, capsys):
     text = page.read_text()
     assert "<mark>A cat.&lt;|im_end|&gt;" in text and "&lt;b&gt;What&lt;/b&gt;?" in text and "<b>" not in text
     assert text.count('<img src="data:image/png;base64,') == 1 and "row 1: image 0 of sample 0" in text
+
+
+class RowsThatStop(list):
+    """Raises what ends a data loader, and not an error, where a row is None."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) or next(iter(()))
+
+
+def test_nothing_in_a_row_is_taken_for_the_end_of_the_data(folder, tmp_path):
+    rows = [caption_row(f"{folder}/{i % 6}.png") for i in range(12)]
+    rows[2]["images"] = [None]
+    report = check(RowsThatStop([*rows, None, rows[0]]), CHECKPOINT)
+    assert report["broken"] == {2: "image 0 of the row is null", 12: "StopIteration"} and len(report["tokens"]) == 12
+    write_jsonl(folder / "rows.jsonl", rows)
+    options = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "on_broken": "skip", "check_data": False}
+    trainer = train(arguments(tmp_path, CHECKPOINT, folder / "rows.jsonl", **options))
+    assert trainer.state.global_step == 3
 
 
 # --- train -----------------------------------------------------------------------------------------------------------
@@ -120,6 +144,7 @@ def test_a_training_leaves_a_model_with_its_story(folder, tmp_path, recwarn):
     assert all(sample["expected"] == f"Picture {sample['row']}." for sample in samples)
     assert list((out / "runs").rglob("events.out.tfevents*"))
     assert (out / "loss_curve.png").stat().st_size > 5000
+    assert not (out / "adapter" / "README.md").exists()  # which PEFT fills with "[More Information Needed]"
     card = (out / "README.md").read_text()
     assert "LoRA of rank 4" in card and f"{metrics['eval_loss']:.4f}" in card and "loss_curve.png" in card
     assert len(list((tmp_path / "features").rglob("*.safetensors"))) == 1
@@ -133,6 +158,11 @@ def test_a_training_leaves_a_model_with_its_story(folder, tmp_path, recwarn):
 def arguments(tmp_path, model, data, **changes):
     options = {"learning_rate": 3e-3, "use_cpu": True, "report_to": "none", "logging_steps": 1, "save_strategy": "no"}
     return TrainArguments(model=str(model), data=str(data), output_dir=str(tmp_path / "out"), **options | changes)
+
+
+def logged(trainer):
+    """The last logged value of each kind."""
+    return {key: value for entry in trainer.state.log_history for key, value in entry.items()}
 
 
 @pytest.mark.parametrize("moe", [False, True])
@@ -165,19 +195,154 @@ def test_broken_rows_are_found_before_the_first_step(folder, tmp_path, capsys):
     lines += ["{broken", json.dumps(caption_row("missing.png")), json.dumps(caption_row("0.png", answer="long " * 99))]
     roles = [{"role": "assistant", "content": "A"}, {"role": "assistant", "content": "B"}]
     lines += [json.dumps({"messages": roles}), json.dumps(caption_row("0.png") | {"images": []})]
-    Image.new("1", (20000, 10000)).save(folder / "huge.png")
+    Image.new("1", (400, 200)).save(folder / "huge.png")
     lines += [json.dumps(caption_row("huge.png"))]
     (folder / "rows.jsonl").write_text("\n".join(lines))
-    options = {"max_steps": 2, "max_length": 60}
+    options = {"max_steps": 2, "max_length": 60, "max_image_pixels": 70_000}
     with pytest.raises(ValueError, match="5 of 12 rows are broken") as error:
         train(arguments(tmp_path, CHECKPOINT, folder / "rows.jsonl", **options))
     reasons = ["row 6: Expecting property name", "row 7: image 0 of sample 0", "row 9: the roles of a chat must be"]
     reasons += ["row 10: the text has places for 1 images", "row 11: image 0 of sample 0", "--on-broken skip"]
     assert all(reason in str(error.value) for reason in reasons)
-    assert "has more than 89478485 pixels and was not decoded" in str(error.value)
+    assert "it has more than 70000 pixels and was not decoded" in str(error.value)
     trainer = train(arguments(tmp_path, CHECKPOINT, folder / "rows.jsonl", on_broken="skip", **options))
     assert len(trainer.train_dataset) == 6 and "row 8: " in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "all_results.json").read_text())["rows_left_out"] == 6
+
+
+@pytest.mark.parametrize("workers, packing", [(0, False), (2, True)])
+def test_broken_rows_that_training_meets_are_left_out_and_counted(workers, packing, folder, tmp_path):
+    """Not found beforehand: also lines that are not JSON, a whole batch of broken rows, and in the workers."""
+    lines = [json.dumps(caption_row(f"{seed}.png")) for seed in range(3)]
+    lines += ["{broken", json.dumps(caption_row("missing.png")), json.dumps(caption_row(None))]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    options = {"check_data": False, "on_broken": "skip", "per_device_train_batch_size": 2, "num_train_epochs": 2}
+    options |= {"dataloader_num_workers": workers, "packing": packing, "train_sampling_strategy": "sequential"}
+    trainer = train(arguments(tmp_path, CHECKPOINT, folder / "rows.jsonl", **options))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert [loss > 0 for loss in losses] == [True, True, False] * 2 and losses[2] == losses[5] == 0
+    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["rows_left_out"] == 3
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    options["on_broken"] = "error"
+    with pytest.raises(ValueError, match="Row 3: Expecting property name"):
+        train(arguments(tmp_path, CHECKPOINT, folder / "rows.jsonl", **options, overwrite=True))
+
+
+def test_a_training_without_a_single_usable_row_is_no_success(folder, tmp_path):
+    data = write_jsonl(folder / "rows.jsonl", [caption_row("missing.png"), caption_row(None)])
+    with pytest.raises(ValueError, match="None of the 2 rows could be trained on"):
+        train(arguments(tmp_path, CHECKPOINT, data, check_data=False, on_broken="skip", max_steps=1))
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_held_out_rows_are_always_checked(folder, tmp_path, capsys):
+    rows = [caption_row(f"{seed}.png") for seed in range(6)] + [caption_row("missing.png")] * 6
+    data = write_jsonl(folder / "rows.jsonl", rows)
+    options = {"check_data": False, "on_broken": "skip", "eval_fraction": 0.5, "max_steps": 1}
+    trainer = train(arguments(tmp_path, CHECKPOINT, data, **options))
+    numbers = [trainer.eval_dataset[i]["row"] for i in range(len(trainer.eval_dataset))]
+    assert numbers and all(number < 6 for number in numbers)
+    left_out = re.findall(r"row (\d+): image 0", capsys.readouterr().out)
+    assert len(left_out) == 6 - len(numbers) and all(int(number) >= 6 for number in left_out)
+    assert logged(trainer)["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("moe", [False, True])
+def test_losses_are_those_of_separate_rows(moe, smoothing, processor, folder, tmp_path):
+    """Of training and evaluation, packed or not, with smoothed labels or not: as computed here row by row."""
+    model = make_model(moe=moe, router_aux_loss_type="batch", router_aux_loss_coef=0.0)
+    model.save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    rows = [caption_row(f"{seed}.png", answer="A picture. " * (seed + 1)) for seed in range(4)]
+    data = write_jsonl(folder / "rows.jsonl", rows)
+    total = count = 0
+    collate, dataset = MiniMindVDataCollator(processor), MiniMindVDataset(data)
+    for i in range(4):
+        batch = collate([dataset[i]])
+        labels = batch.pop("labels")[0, 1:]
+        logits = model(**batch).logits[0, :-1]
+        options = {"reduction": "sum", "label_smoothing": smoothing, "ignore_index": -100}
+        total += torch.nn.functional.cross_entropy(logits, labels, **options).item()
+        count += (labels != -100).sum().item()
+    for packing in (False, True):
+        options = {"max_steps": 1, "learning_rate": 0.0, "packing": packing, "label_smoothing_factor": smoothing}
+        options |= {"eval_data": str(data), "num_samples": 0, "overwrite": True}
+        trainer = train(arguments(tmp_path, tmp_path / "start", data, **options))
+        log = logged(trainer)
+        assert log["loss"] == pytest.approx(total / count, rel=1e-4)
+        assert log["eval_loss"] == pytest.approx(total / count, rel=1e-4)
+        assert ("router_loss" in log) == moe
+
+
+def test_evaluation_weighs_packed_batches_as_separate_rows(folder, tmp_path):
+    rows = [caption_row(f"{seed}.png", answer="A. " * 3 ** (seed // 2)) for seed in range(6)]
+    data = write_jsonl(folder / "rows.jsonl", rows)
+    losses = []
+    for packing in (False, True):
+        options = {"max_steps": 1, "learning_rate": 0.0, "packing": packing, "eval_data": str(data), "num_samples": 0}
+        options |= {"per_device_eval_batch_size": 4, "overwrite": True}
+        trainer = train(arguments(tmp_path, CHECKPOINT, data, **options))
+        losses.append(logged(trainer)["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, rates",
+    [
+        ({}, [1e-3, 5.5e-4]),  # the original's: a cosine down to 10 %
+        ({"lr_scheduler_type": "linear"}, [1e-3, 5e-4]),
+        ({"lr_scheduler_type": "cosine"}, [1e-3, 5e-4]),
+        ({"lr_scheduler_kwargs": {"min_lr_rate": 0.5}}, [1e-3, 7.5e-4]),
+    ],
+)
+def test_every_scheduler_works(options, rates, folder, tmp_path):
+    trainer = train(arguments(tmp_path, CHECKPOINT, folder, max_steps=2, learning_rate=1e-3, **options))
+    logged = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(rates)
+
+
+def test_a_short_training_has_a_curve_too(folder, tmp_path, capsys, recwarn):
+    pytest.importorskip("matplotlib", reason="the loss curve needs the extra `train`")
+    trainer = train(arguments(tmp_path, CHECKPOINT, folder, max_steps=3, logging_steps=10))
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
+    assert (tmp_path / "out" / "loss_curve.png").exists()
+    assert f"minimind-v caption PICTURE --model {tmp_path / 'out'}\n" in capsys.readouterr().out
+    plot_losses([], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists() and not [w for w in recwarn if "handles" in str(w.message)]
+
+
+def test_two_trainings_do_not_mix_in_one_folder(folder, tmp_path):
+    pytest.importorskip("peft", reason="LoRA needs the extra `train`")
+    out = tmp_path / "out"
+    train(arguments(tmp_path, CHECKPOINT, folder, max_steps=1, lora_rank=2, eval_fraction=0.2, save_strategy="steps"))
+    assert {"adapter", "checkpoint-1", "samples.jsonl"} <= {path.name for path in out.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(FileExistsError, match=r"out is not empty.*--overwrite.*--resume-from-checkpoint latest"):
+        train(arguments(tmp_path, CHECKPOINT, folder, max_steps=1))
+    with pytest.raises(FileExistsError, match=r"out is not empty"):
+        train(arguments(tmp_path, CHECKPOINT, folder, resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-1")))
+    with pytest.raises(FileNotFoundError, match=r"missing.jsonl does not exist"):  # then nothing is deleted either
+        train(arguments(tmp_path, CHECKPOINT, folder / "missing.jsonl", max_steps=1, overwrite=True))
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    train(arguments(tmp_path, CHECKPOINT, folder, max_steps=1, overwrite=True))
+    assert not {"adapter", "checkpoint-1", "samples.jsonl"} & {path.name for path in out.iterdir()}
+    with pytest.raises(FileNotFoundError, match=r"out has no complete checkpoint to go on from. Start without"):
+        train(arguments(tmp_path, CHECKPOINT, folder, max_steps=1, resume_from_checkpoint="latest"))
+    with pytest.raises(ValueError, match=r"--overwrite would delete .*out, because it is in --output-dir"):
+        train(arguments(tmp_path, out, folder, max_steps=1, overwrite=True))
+    with pytest.raises(ValueError, match="--overwrite begins anew, --resume-from-checkpoint goes on"):
+        arguments(tmp_path, CHECKPOINT, folder, overwrite=True, resume_from_checkpoint="latest")
+
+
+def test_the_newest_checkpoints_stay_whatever_the_clock_says(folder, tmp_path, caplog):
+    out, options = tmp_path / "out", {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    train(arguments(tmp_path, CHECKPOINT, folder, max_steps=2, **options))
+    os.utime(out / "checkpoint-2", (2e9, 2e9))
+    (out / "checkpoint-9").mkdir()  # of an interrupted training that had come further
+    train(arguments(tmp_path, CHECKPOINT, folder, max_steps=4, resume_from_checkpoint="latest", **options))
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-9"]
+    assert "missing keys" not in caplog.text
 
 
 def test_rows_left_out_of_the_training_data_stay_in_the_held_out_data(folder, tmp_path):
@@ -192,8 +357,12 @@ def test_rows_left_out_of_the_training_data_stay_in_the_held_out_data(folder, tm
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--epochs", "3"], "error: unrecognized arguments: --epochs 3."),
-        (["--stage", "all"], "error: argument --stage: invalid choice: 'all' (choose from"),
+        (["--epochs", "3"], "error: unrecognized argument --epochs (did you mean --num-train-epochs?)."),
+        (["--batch-size", "3"], "error: unrecognized argument --batch-size (did you mean --per-device-train-batch"),
+        (["--learn-rate=3"], "error: unrecognized argument --learn-rate=3 (did you mean --learning-rate?)."),
+        (["--xyz"], "error: unrecognized argument --xyz. See"),
+        (["--stage", "finetune"], "error: argument --stage: invalid choice: 'finetune' (choose from"),
+        (["--model", "no_such_folder"], "error: --model no_such_folder is neither a folder nor USER/REPO of the Hub."),
         (["--freeze-llm", "3"], "error: argument --freeze_llm/--freeze-llm: invalid choice: '3' (choose from"),
         (["--lora-rank", "4", "--stage", "pretrain"], "error: --lora-rank adapts the whole decoder"),
         (["--eval-fraction", "1.5"], "error: --eval-fraction must be from 0 to below 1"),
@@ -210,5 +379,28 @@ def test_mistakes_of_the_command_line_are_one_line(options, message, tmp_path, c
 
 
 def test_data_that_is_missing_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"metadata.jsonl does not exist. Give a .jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"metadata.jsonl does not exist. A folder of pictures"):
         train(arguments(tmp_path, CHECKPOINT, tmp_path))
+
+
+def test_missing_extras_are_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("minimind_v.training.arguments.is_tensorboard_available", lambda: False)
+    with pytest.raises(ImportError, match=r'--report-to tensorboard needs .*: pip install "minimind-v\[train\]"'):
+        arguments(tmp_path, CHECKPOINT, folder, report_to="tensorboard")
+
+
+def test_limits_for_pictures_of_strangers(folder, tmp_path):
+    """Of check and of training; a host is refused before it is asked."""
+    rows = [caption_row("0.png"), caption_row("large.png"), caption_row("http://127.0.0.1:9/a.png")]
+    Image.new("RGB", (400, 200)).save(folder / "large.png")
+    data = write_jsonl(folder / "rows.jsonl", rows)
+    limits = {"max_image_pixels": 70_000, "allowed_hosts": ["example.com"]}
+    broken = check(data, CHECKPOINT, **limits)["broken"]
+    assert broken.keys() == {1, 2} and "more than 70000 pixels" in broken[1] and "not an allowed one" in broken[2]
+    assert check(data, CHECKPOINT)["broken"].keys() == {2}  # a private address
+    trainer = train(arguments(tmp_path, CHECKPOINT, data, max_steps=1, on_broken="skip", **limits))
+    assert len(trainer.train_dataset) == 1
+    options = ["--max-image-pixels", "70000", "--allowed-hosts", "example.com", "127.0.0.1"]
+    with pytest.raises(SystemExit) as exit:
+        command_line_main(["check", str(data), *options])
+    assert exit.value.code == 1

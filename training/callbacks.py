@@ -1,6 +1,7 @@
 """What happens beside the steps of a training: stopping on a signal, and answers to held-out questions."""
 
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,14 @@ class StopOnSignal(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         for number, handler in self.former.items():
             signal.signal(number, handler)
+
+
+class LogShortTraining(TrainerCallback):
+    """A training with fewer steps than there are from one line of the log to the next has about ten lines anyway."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.max_steps < state.logging_steps:
+            state.logging_steps = math.ceil(state.max_steps / 10)
 
 
 class SampleAnswers(TrainerCallback):

@@ -5,6 +5,7 @@ import html
 import io
 import itertools
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def check(
     preview: int = 3,
     html_file: str | Path | None = None,
     workers: int = 0,
+    max_image_pixels: int | None = None,
+    allowed_hosts: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Reads every row as training would.
 
@@ -38,45 +41,65 @@ def check(
         html_file: Page to write: the first rows with their images, the tokens that are trained on marked, and what
             is broken.
         workers: Processes that read rows.
+        max_image_pixels: Larger images are broken; left out, the processor's limit.
+        allowed_hosts: The only hosts whose image URLs are fetched; left out, every one with a public address.
 
     Returns:
         What [`inspect_rows`] returns, and `preview`.
     """
-    dataset, processor = MiniMindVDataset(data), AutoProcessor.from_pretrained(model)
+    processor = load_processor(model, max_image_pixels, allowed_hosts)
+    dataset = MiniMindVDataset(data, processor.allowed_hosts)
     collator = MiniMindVDataCollator(processor, max_length)
     report = inspect_rows(dataset, collator, workers)
-    rejected = report["broken"].keys() | report["too_long"].keys()
-    good = [number for number in range(len(dataset)) if number not in rejected]
     report["preview"] = [
-        "".join(f"«{text}»" if trained else text for text, trained in split_by_loss_mask(dataset[number], collator))
-        for number in good[:preview]
+        "".join(f"«{text}»" if trained else text for text, trained in split_by_loss_mask(dataset[i], collator))
+        for i in report["good"][:preview]
     ]
     if html_file is not None:
-        Path(html_file).write_text(render_page(report, dataset, good[:HTML_ROWS], collator), encoding="utf-8")
+        Path(html_file).write_text(render_page(report, dataset, collator), encoding="utf-8")
     return report
+
+
+def load_processor(model: str | Path, max_image_pixels: int | None, allowed_hosts: Sequence[str] | None) -> Any:
+    """The processor of a checkpoint, with limits for images of strangers."""
+    processor = AutoProcessor.from_pretrained(model)
+    if allowed_hosts is not None:
+        processor.allowed_hosts = allowed_hosts
+    if max_image_pixels is not None:
+        processor.max_image_pixels = max_image_pixels
+    return processor
 
 
 def inspect_rows(dataset: Rows, collator: MiniMindVDataCollator, workers: int = 0) -> dict[str, Any]:
     """Encodes every row, keeping nothing of it but its size.
 
     Returns:
-        `rows`, `images`, `tokens` (of each good row), `broken` and `too_long` (row number -> reason).
+        `rows`, `images`, `good` (indices into `dataset`), `tokens` (of each good row), `broken` and `too_long` (row
+        number -> reason).
     """
-    report: dict[str, Any] = {"rows": len(dataset), "images": 0, "tokens": [], "broken": {}, "too_long": {}}
+    report: dict[str, Any] = {
+        "rows": len(dataset),
+        "images": 0,
+        "good": [],
+        "tokens": [],
+        "broken": {},
+        "too_long": {},
+    }
     sizes = DataLoader(_RowSizes(dataset, collator), batch_size=None, num_workers=workers)
-    for number, (tokens, images, reason) in enumerate(tqdm(sizes, desc="checking", unit="row")):
-        if reason is not None:
-            report["broken"][number] = reason
+    for i, (number, tokens, images, problem) in enumerate(tqdm(sizes, desc="checking", unit="row")):
+        if problem is not None:
+            report["broken"][number] = problem
         elif tokens > collator.max_length:
             report["too_long"][number] = f"{tokens} tokens are more than {collator.max_length}"
         else:
+            report["good"].append(i)
             report["tokens"].append(tokens)
             report["images"] += images
     return report
 
 
 class _RowSizes(Dataset):
-    """Item: number of tokens, number of images, and what is wrong with the row or None."""
+    """Item: row number, number of tokens, number of images, and what is wrong with the row or None."""
 
     def __init__(self, dataset: Rows, collator: MiniMindVDataCollator) -> None:
         self.dataset, self.collator = dataset, collator
@@ -84,12 +107,11 @@ class _RowSizes(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[int, int, str | None]:
-        try:
-            row = self.collator.encode(self.dataset[index]["messages"])
-        except (OSError, ValueError, TypeError) as error:
-            return 0, 0, str(error).removeprefix(f"Row {index}: ")
-        return len(row["input_ids"]), len(row.get("pixel_values", ())), None
+    def __getitem__(self, index: int) -> tuple[int, int, int, str | None]:
+        item = self.dataset[index]
+        row, problem = self.collator.try_to_encode(item)
+        row = row or {"input_ids": ()}
+        return item["row"], len(row["input_ids"]), len(row.get("pixel_values", ())), problem
 
 
 def split_by_loss_mask(item: dict[str, Any], collator: MiniMindVDataCollator) -> list[tuple[str, bool]]:
@@ -104,8 +126,8 @@ def split_by_loss_mask(item: dict[str, Any], collator: MiniMindVDataCollator) ->
     return pieces
 
 
-def render_page(report: dict[str, Any], dataset: Dataset, numbers: list[int], collator: MiniMindVDataCollator) -> str:
-    """HTML page of the given rows, complete in itself."""
+def render_page(report: dict[str, Any], dataset: Rows, collator: MiniMindVDataCollator) -> str:
+    """HTML page of what [`inspect_rows`] found and of the first good rows, complete in itself."""
     lines = [
         "<!DOCTYPE html><meta charset=utf-8><title>Training data</title>",
         "<style>body{font:15px sans-serif;max-width:60em;margin:2em auto}pre{white-space:pre-wrap}",
@@ -116,7 +138,7 @@ def render_page(report: dict[str, Any], dataset: Dataset, numbers: list[int], co
     ]
     for kind in ("broken", "too_long"):
         lines += [f"<p>row {number}: {html.escape(reason)}</p>" for number, reason in report[kind].items()]
-    for number in numbers:
+    for number in report["good"][:HTML_ROWS]:
         lines.append(f"<hr><h3>row {number}</h3>")
         for image in images_of(dataset[number]["messages"]):
             thumbnail, buffer = load_image(image, f"an image of row {number}"), io.BytesIO()
@@ -145,13 +167,15 @@ def show(
     preview: int,
     html_file: str | Path | None,
     workers: int,
+    max_image_pixels: int | None = None,
+    allowed_hosts: Sequence[str] | None = None,
 ) -> int:
     """The command `minimind-v check`: prints what [`check`], which explains the arguments, finds.
 
     Returns:
         Number of broken rows.
     """
-    report = check(data, model, max_length, preview, html_file, workers)
+    report = check(data, model, max_length, preview, html_file, workers, max_image_pixels, allowed_hosts)
     good = report["tokens"]
     print(f"{report['rows']} rows, {report['images']} images")
     if good:

@@ -2,13 +2,14 @@
 
 import functools
 import logging
+from collections.abc import MutableMapping
 from typing import Any, Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..processing_minimind_v import MiniMindVProcessor
-from .data import images_of
+from .data import images_of, reason
 from .image_features import ImageFeatureCache
 
 IGNORE_INDEX = -100  # label of a token that is not trained on
@@ -29,15 +30,20 @@ class MiniMindVDataCollator:
             attending to each other, by the library's own mechanism; the loss is that of the separate rows.
         image_features: Filled cache of the tower's output, which then stands in `pixel_values`; the model's tower must
             have been prepared by [`pass_features_through`].
-        on_broken: What happens to rows with unreadable images or wrong counts: `"error"`, or `"skip"` (left out,
+        on_broken: What happens to broken rows, such as those with unreadable images: `"error"`, or `"skip"` (left out,
             reported in the log and in `dropped`).
+
+    Attributes:
+        dropped: Row number -> why it was left out. With the workers of a data loader, give it a mapping that they
+            share, such as `multiprocessing.Manager().dict()`.
 
     Returns (when called):
         `input_ids`, `labels` and `attention_mask` (packed: `position_ids`), int64 `[B, T]`, and, if there are
-        images, `pixel_values` `[N, 3, height, width]`.
+        images, `pixel_values` `[N, 3, height, width]`. In the place of a row that is left out stands one token that
+        is not trained on: every process of a training takes part in every step, also with nothing but such rows.
 
     Raises:
-        ValueError: A broken row with `on_broken="error"`, or no row of the batch could be used.
+        ValueError: A broken row with `on_broken="error"`.
     """
 
     def __init__(
@@ -53,7 +59,7 @@ class MiniMindVDataCollator:
         self.on_broken = on_broken
         self.packing = packing
         self.image_features = image_features
-        self.dropped: dict[Any, str] = {}
+        self.dropped: MutableMapping[Any, str] = {}
 
     def encode(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         """One chat: lists `input_ids` and `labels`, and `pixel_values` if it has images.
@@ -62,7 +68,7 @@ class MiniMindVDataCollator:
             ValueError: An unreadable image, a control token in a text, or an image that `image_features` has not.
         """
         processor = self.processor
-        processor.check_chat(messages)
+        messages = processor.check_chat(messages)
         # The tokenizer alone: the processor gives the same ids, but would open images whose features are at hand.
         encoded = processor.tokenizer.apply_chat_template(
             messages,
@@ -93,28 +99,36 @@ class MiniMindVDataCollator:
             raise ValueError("a picture is not among the cached image features")
         return pixel_values
 
+    def try_to_encode(self, item: dict[str, Any]) -> tuple[dict[str, Any], None] | tuple[None, str]:
+        """The encoded chat of an item, or what is wrong with it."""
+        if "error" in item:
+            return None, item["error"]
+        try:
+            return self.encode(item["messages"]), None
+        except Exception as error:  # of any kind: decoders and templates trip over what people write in many ways
+            return None, reason(error)
+
+    def encode_or_drop(self, item: dict[str, Any]) -> dict[str, Any]:
+        """The encoded chat of an item; for one that is left out, a single token that is not trained on.
+
+        Raises:
+            ValueError: A broken row with `on_broken="error"`.
+        """
+        number = item.get("row")
+        row, problem = self.try_to_encode(item)
+        if row is None and self.on_broken == "error":
+            raise ValueError(f"Row {number}: {problem}")
+        if row is not None and len(row["input_ids"]) > self.max_length:
+            problem = f"{len(row['input_ids'])} tokens are more than max_length ({self.max_length})"
+        elif row is not None:
+            return row
+        if number is None or number not in self.dropped:
+            self.dropped[number] = str(problem)
+            logger.warning("Row %s is left out: %s", number, problem)
+        return {"input_ids": [self.processor.tokenizer.pad_token_id], "labels": [IGNORE_INDEX]}
+
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        rows = []
-        for item in items:
-            number, reason = item.get("row"), None
-            try:
-                row = self.encode(item["messages"])
-                if len(row["input_ids"]) > self.max_length:
-                    reason = f"{len(row['input_ids'])} tokens are more than max_length ({self.max_length})"
-            except (OSError, ValueError, TypeError) as error:
-                reason = str(error)
-                if self.on_broken == "error":
-                    raise ValueError(f"Row {number}: {reason}") from error
-            if reason is None:
-                rows.append(row)
-            elif number is None or number not in self.dropped:
-                self.dropped[number] = reason
-                logger.warning("Row %s is left out: %s", number, reason)
-        if not rows:
-            raise ValueError(
-                f"No row of this batch can be used: {list(self.dropped.items())[-len(items) :]}. Remove such rows "
-                "(`minimind-v check` lists them) or raise max_length."
-            )
+        rows = [self.encode_or_drop(item) for item in items]
         ids, labels = ([torch.tensor(row[key]) for row in rows] for key in ("input_ids", "labels"))
         if self.packing:
             positions = [torch.arange(len(row)) for row in ids]

@@ -2,20 +2,22 @@
 
 A cache folder holds one folder per tower, image processing and dtype (named by a hash of all three, so that a changed
 one never reads the other's features), and in it safetensors shards with one tensor `[positions, tower width]` per
-image, named by the SHA-256 of the image.
+image, named by the SHA-256 of the image. A shard is named by its own SHA-256, so that a damaged one is noticed.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import socket
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -38,6 +40,11 @@ def content_key(image: Any) -> str:
     return hashlib.sha256(image).hexdigest()
 
 
+def shard_name(content: bytes) -> str:
+    """Name of the file with this content."""
+    return hashlib.sha256(content).hexdigest()[:16] + ".safetensors"
+
+
 def fingerprint(model: MiniMindVForConditionalGeneration, processor: MiniMindVProcessor, dtype: torch.dtype) -> str:
     """Hash of all that the features depend on besides the image."""
     config = model.model.vision_tower.config.to_dict()
@@ -51,16 +58,16 @@ def fingerprint(model: MiniMindVForConditionalGeneration, processor: MiniMindVPr
 
 
 def pass_features_through(model: MiniMindVForConditionalGeneration) -> None:
-    """Lets the model's tower take its own output `[N, positions, width]` too, and hand it on as it is."""
-    tower = model.model.vision_tower
-    forward = tower.forward
+    """Lets the model take the tower's output `[N, positions, width]` too, as `pixel_values`."""
+    encoder: Any = model.model
+    encode = encoder.get_image_features
 
-    def forward_or_pass(pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+    def encode_or_pass(pixel_values: torch.Tensor, **kwargs: Any) -> Any:
         if pixel_values.ndim == 3:
-            return BaseModelOutputWithPooling(last_hidden_state=pixel_values)
-        return forward(pixel_values, **kwargs)
+            return encoder.project(BaseModelOutputWithPooling(last_hidden_state=pixel_values))
+        return encode(pixel_values, **kwargs)
 
-    tower.forward = forward_or_pass
+    encoder.get_image_features = encode_or_pass
 
 
 class ImageFeatureCache:
@@ -89,18 +96,34 @@ class ImageFeatureCache:
         self.folder = Path(directory) / fingerprint(model, processor, dtype)
         self.model, self.processor, self.dtype = model, processor, dtype
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._delete_orphans()
         self.shards: dict[str, str] = {}  # image -> shard
         self.files: dict[str, Any] = {}  # shard -> open file
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads which images the folder has."""
+        """Reads which images the folder has. Shards that are new to this object are checked, and damaged ones deleted.
+
+        Their images are encoded again. Another process may come upon a damaged shard at the same time.
+        """
+        known = set(self.shards.values())
         for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name in known:
+                continue
             try:
-                with safe_open(path, framework="pt") as file:
-                    self.shards.update(dict.fromkeys(file.keys(), path.name))
-            except SafetensorError:  # damaged: its images are encoded again
-                path.unlink()
+                if path.name == shard_name(path.read_bytes()):
+                    with safe_open(path, framework="pt") as file:
+                        self.shards.update(dict.fromkeys(file.keys(), path.name))
+                else:
+                    path.unlink()
+            except FileNotFoundError:
+                continue
+
+    def _delete_orphans(self) -> None:
+        """Deletes what processes of this machine that are no more had begun to write."""
+        for path in self.folder.glob(f"*.{socket.gethostname()}.*.part"):
+            if not psutil.pid_exists(int(path.suffixes[-2][1:])):
+                path.unlink(missing_ok=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"model": None, "files": {}}  # a data loader's worker only reads
@@ -162,7 +185,7 @@ class ImageFeatureCache:
         missing: dict[str, tuple[int, int]] = {}
         for number in tqdm(range(len(rows)), desc="looking for new pictures", unit="row"):
             try:
-                for place, image in enumerate(images_of(rows[number]["messages"])):
+                for place, image in enumerate(images_of(rows[number].get("messages", []))):
                     if (key := content_key(image)) not in self.shards:
                         missing.setdefault(key, (number, place))
             except (OSError, ValueError, TypeError):
@@ -183,10 +206,11 @@ class ImageFeatureCache:
         return needed
 
     def _write(self, shard: dict[str, torch.Tensor]) -> None:
-        name = hashlib.sha256("".join(shard).encode()).hexdigest()[:16] + ".safetensors"
-        part = self.folder / f"{name}.{os.getpid()}.part"
+        content = save(shard)
+        name = shard_name(content)
+        part = self.folder / f"{name}.{socket.gethostname()}.{os.getpid()}.part"
         try:
-            save_file(shard, part)
+            part.write_bytes(content)
             part.replace(self.folder / name)  # whole or not at all
         finally:
             part.unlink(missing_ok=True)

@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 
 
 def plot_losses(history: list[dict[str, Any]], path: Path) -> None:
-    """Draws the training and evaluation loss over the steps, from `trainer.state.log_history`, as a PNG file."""
+    """Draws the training and evaluation loss over the steps, from `trainer.state.log_history`, as a PNG file.
+
+    Nothing is drawn where nothing was logged.
+    """
+    kinds = {"loss": "training", "eval_loss": "held out", "router_loss": "router (part of training)"}
+    curves = {label: {entry["step"]: entry[key] for entry in history if key in entry} for key, label in kinds.items()}
+    curves = {label: points for label, points in curves.items() if points}
+    if not curves:
+        return
     try:
         import matplotlib
     except ImportError:
@@ -23,14 +31,11 @@ def plot_losses(history: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for key, label in (("loss", "training"), ("eval_loss", "held out"), ("router_loss", "router (part of training)")):
-        points = {entry["step"]: entry[key] for entry in history if key in entry}
-        if points:
-            axes.plot(list(points), list(points.values()), label=label, marker="o" if len(points) < 20 else None)
+    for label, points in curves.items():
+        axes.plot(list(points), list(points.values()), label=label, marker="o" if len(points) < 20 else None)
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
+    axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -1,129 +1,32 @@
 """The training command: transformers' Trainer on a MiniMind-V checkpoint and your own pictures."""
 
-from dataclasses import dataclass, field
+import multiprocessing
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any
 
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import Subset, random_split
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    HfArgumentParser,
-    Trainer,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import AutoModelForImageTextToText
+from transformers.utils import logging
 
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from ..processing_minimind_v import MiniMindVProcessor
-from .callbacks import SampleAnswers, StopOnSignal
-from .check import describe, inspect_rows
+from .arguments import TrainArguments, TrainParser
+from .callbacks import LogShortTraining, SampleAnswers, StopOnSignal
+from .check import describe, inspect_rows, load_processor
 from .collator import MiniMindVDataCollator
 from .data import MiniMindVDataset, Rows
 from .image_features import ImageFeatureCache, pass_features_through
+from .output_folder import check_output_folder, clear_output_folder
 from .report import plot_losses, write_model_card
-from .stages import LEARNING_RATES, add_lora, freeze, merge_lora
+from .stages import add_lora, freeze, merge_lora
+from .trainer import MiniMindVTrainer
 
 
-@dataclass
-class TrainArguments(TrainingArguments):
-    """transformers' TrainingArguments with what this package needs; `--help` lists all of them."""
-
-    model: str = field(default="", metadata={"help": "Checkpoint folder or Hub repository to start from."})
-    data: str = field(default="", metadata={"help": "Training data: .jsonl, .parquet, or a folder of pictures."})
-    eval_data: str | None = field(default=None, metadata={"help": "Held-out data for loss and sample answers."})
-    eval_fraction: float = field(
-        default=0.0, metadata={"help": "Instead of eval_data: share of the data to hold out."}
-    )
-    num_samples: int = field(default=4, metadata={"help": "Held-out rows that are answered at every evaluation."})
-    stage: Literal["pretrain", "sft"] = field(
-        default="sft", metadata={"help": "pretrain: the projector only. sft: projector and decoder."}
-    )
-    freeze_llm: Literal[0, 1, 2] = field(
-        default=0, metadata={"help": "For sft: 0 trains all of the decoder, 1 its first and last layer, 2 none."}
-    )
-    lora_rank: int | None = field(
-        default=None, metadata={"help": "For sft: low-rank adapters in the decoder, merged into it at the end."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longer rows are left out whole; default: the model's positions."}
-    )
-    packing: bool = field(default=False, metadata={"help": "Put the rows of a batch into one, without padding."})
-    cache_image_features: str | None = field(
-        default=None, metadata={"help": "Folder that keeps the tower's output, so that it sees each picture once."}
-    )
-    check_data: bool = field(default=True, metadata={"help": "Read every row before the first step."})
-    on_broken: Literal["error", "skip"] = field(
-        default="error", metadata={"help": "Rows that cannot be used: list them and stop, or leave them out."}
-    )
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Default: the original's, 4e-4 for pretrain and 5e-6 for sft; LoRA: 2e-4."}
-    )
-    output_dir: str = field(default="minimind-v-output", metadata={"help": "Folder for checkpoints and the result."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows per step and device."})
-    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "The original's: cosine to 10 %%."})
-    lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay off: the collator needs the chat."}
-    )
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Default: where there is a GPU."}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Not needed: every step uses every parameter, also a batch without pictures."}
-    )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-
-    def __post_init__(self) -> None:
-        if not self.model or not self.data:
-            raise ValueError("Name a checkpoint with --model and training data with --data.")
-        if self.lora_rank and (self.stage == "pretrain" or self.freeze_llm):
-            raise ValueError("--lora-rank adapts the whole decoder: use it with --stage sft and --freeze-llm 0.")
-        if not 0 <= self.eval_fraction < 1 or (self.eval_fraction and self.eval_data):
-            raise ValueError(
-                f"--eval-fraction must be from 0 to below 1, without --eval-data; got {self.eval_fraction}"
-            )
-        if self.learning_rate is None:
-            self.learning_rate = LEARNING_RATES["lora" if self.lora_rank else self.stage]
-        if (self.eval_data or self.eval_fraction) and self.eval_strategy == "no":
-            self.eval_strategy = "epoch"
-        super().__post_init__()
-
-
-class MiniMindVTrainer(Trainer):
-    """transformers' Trainer; logs the router loss of a mixture of experts, which `loss` contains, also by itself."""
-
-    # What it is given, of all that the library's may be
-    args: TrainArguments
-    model: torch.nn.Module
-    train_dataset: Rows
-    processing_class: MiniMindVProcessor
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.router_losses: list[torch.Tensor] = []
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        result: Any = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        loss, outputs = result
-        if model.training and outputs.get("aux_loss") is not None:
-            self.router_losses.append(outputs["aux_loss"].detach())
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self.router_losses:
-            means: Any = self.accelerator.gather(torch.stack(self.router_losses).mean())
-            logs["router_loss"] = means.mean().item()
-            self.router_losses.clear()
-        super().log(logs, *args, **kwargs)
-
-
-def usable_rows(dataset: MiniMindVDataset, collator: MiniMindVDataCollator, arguments: TrainArguments) -> Subset:
+def usable_rows(dataset: Rows, collator: MiniMindVDataCollator, arguments: TrainArguments) -> Subset:
     """The rows that can be trained on, found by encoding all of them once.
 
     Raises:
@@ -139,23 +42,9 @@ def usable_rows(dataset: MiniMindVDataset, collator: MiniMindVDataCollator, argu
                 raise ValueError(f"{message}\nMend them, or leave them out with --on-broken skip.")
             if first:
                 print(f"{message}\nThey are left out.")
-    rejected = report["broken"].keys() | report["too_long"].keys()
-    good = [number for number in range(report["rows"]) if number not in rejected]
-    if not good:
+    if not report["good"]:
         raise ValueError(f"None of the {report['rows']} rows can be trained on. See the reasons above.")
-    return Subset(dataset, good)
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest complete checkpoint of a run; the library's function also takes one whose writing was cut off."""
-    checkpoints = Path(folder).glob("checkpoint-*")
-    for path in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        try:
-            TrainerState.load_from_json(str(path / "trainer_state.json"))  # written last
-            return str(path)
-        except (OSError, ValueError):
-            continue
-    return None
+    return Subset(dataset, report["good"])
 
 
 def train(arguments: TrainArguments) -> MiniMindVTrainer:
@@ -165,16 +54,19 @@ def train(arguments: TrainArguments) -> MiniMindVTrainer:
         The trainer, after training.
 
     Raises:
-        ValueError: A broken row, unless `on_broken` is `"skip"`.
+        ValueError: A broken row, unless `on_broken` is `"skip"`, or no row could be used.
+        FileExistsError: `output_dir` is not empty, see [`check_output_folder`].
+        FileNotFoundError: There is no such data, or no checkpoint to go on from.
         SystemExit: Stopped by a signal, after a checkpoint was saved.
     """
+    check_output_folder(arguments)
     transformers.set_seed(arguments.seed)
     model: Any = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="float32")
-    processor = AutoProcessor.from_pretrained(arguments.model)
+    processor = load_processor(arguments.model, arguments.max_image_pixels, arguments.allowed_hosts)
     freeze(model, arguments.stage, arguments.freeze_llm)
 
-    dataset = MiniMindVDataset(arguments.data)
-    held_out = MiniMindVDataset(arguments.eval_data) if arguments.eval_data else None
+    dataset = MiniMindVDataset(arguments.data, processor.allowed_hosts)
+    held_out = MiniMindVDataset(arguments.eval_data, processor.allowed_hosts) if arguments.eval_data else None
     cache = None
     if arguments.cache_image_features:
         datasets = [dataset] if held_out is None else [dataset, held_out]
@@ -182,14 +74,18 @@ def train(arguments: TrainArguments) -> MiniMindVTrainer:
     collator = MiniMindVDataCollator(
         processor, arguments.max_length, arguments.on_broken, arguments.packing, image_features=cache
     )
+    if arguments.dataloader_num_workers:
+        collator.dropped = multiprocessing.Manager().dict()
     rows = len(dataset)
     if arguments.check_data:
         dataset = usable_rows(dataset, collator, arguments)
-        held_out = usable_rows(held_out, collator, arguments) if held_out is not None else None
     left_out = rows - len(dataset)
     if arguments.eval_fraction:
         dataset, held_out = hold_out(dataset, arguments)
+    if held_out is not None:  # in any case: a loss over other rows each time could not be compared
+        held_out = usable_rows(held_out, collator, arguments)
 
+    clear_output_folder(arguments)
     if arguments.lora_rank:
         model = add_lora(model, arguments.lora_rank)
     trainer = MiniMindVTrainer(
@@ -199,10 +95,15 @@ def train(arguments: TrainArguments) -> MiniMindVTrainer:
         train_dataset=dataset,
         eval_dataset=held_out,
         processing_class=processor,
-        callbacks=[SampleAnswers(held_out, processor, arguments.num_samples)] if held_out is not None else None,
+        callbacks=[LogShortTraining()],
     )
+    if held_out is not None:
+        trainer.add_callback(SampleAnswers(held_out, processor, arguments.num_samples))
     metrics = run(trainer)
-    metrics["rows_left_out"] = left_out + len(collator.dropped)
+    dropped = set(gather_object(list(collator.dropped)))
+    if len(dropped) >= len(dataset):
+        raise ValueError(f"None of the {len(dataset)} rows could be trained on. See the reasons above.")
+    metrics["rows_left_out"] = left_out + len(dropped)
     if held_out is not None:
         metrics |= last_evaluation(trainer)
     save(trainer, metrics)
@@ -244,7 +145,7 @@ def hold_out(dataset: Rows, arguments: TrainArguments) -> tuple[Subset, Subset]:
 
 
 def run(trainer: MiniMindVTrainer) -> dict[str, float]:
-    """Trains, from the last checkpoint where that is asked for.
+    """Trains, from a checkpoint where that is asked for.
 
     Returns:
         Metrics of the training.
@@ -261,14 +162,9 @@ def run(trainer: MiniMindVTrainer) -> dict[str, float]:
             f"Stage {arguments.stage}: {trainable / 1e6:.2f}M of {total / 1e6:.2f}M parameters are trainable; "
             f"{len(trainer.train_dataset)} rows"
         )
-    resume = arguments.resume_from_checkpoint
-    if resume in ("True", "true", "latest"):
-        resume = last_checkpoint(arguments.output_dir)
-        if resume is None:
-            print(f"There is no checkpoint in {arguments.output_dir} yet: starting at the beginning.")
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    result = trainer.train(resume_from_checkpoint=resume)
+    result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     if stop.received is not None:
         trainer.accelerator.wait_for_everyone()  # the launcher ends all when one exits, and process 0 may still save
         raise SystemExit(
@@ -278,7 +174,7 @@ def run(trainer: MiniMindVTrainer) -> dict[str, float]:
     return result.metrics
 
 
-def last_evaluation(trainer: Trainer) -> dict[str, float]:
+def last_evaluation(trainer: MiniMindVTrainer) -> dict[str, float]:
     """Metrics of the held-out rows after the last step, evaluated now if they have not been."""
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     fresh = evaluations and evaluations[-1]["step"] == trainer.state.global_step
@@ -294,6 +190,7 @@ def save(trainer: MiniMindVTrainer, metrics: dict[str, float]) -> None:
         trainer.save_model(str(folder / "adapter"))
         if trainer.is_world_process_zero():
             # From the files, because the weights in memory may be spread over processes.
+            (folder / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's, an empty form
             base: Any = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="float32")
             merge_lora(base, folder / "adapter").save_pretrained(folder)
             trainer.processing_class.save_pretrained(folder)
@@ -304,15 +201,8 @@ def save(trainer: MiniMindVTrainer, metrics: dict[str, float]) -> None:
     if trainer.is_world_process_zero():
         plot_losses(trainer.state.log_history, folder / "loss_curve.png")
         write_model_card(trainer, metrics)
+        print(f"The result is in {folder}. Ask it: minimind-v caption PICTURE --model {folder}")
     trainer.accelerator.wait_for_everyone()  # when train() returns, all is written
-
-
-class TrainParser(HfArgumentParser):
-    """Its errors are one line, as those of the other commands."""
-
-    def error(self, message: str) -> NoReturn:
-        message = " ".join(message.split()).rstrip(".")
-        self.exit(2, f"error: {message}. See {self.prog} --help.\n")
 
 
 def main(argv: list[str]) -> None:
@@ -324,6 +214,7 @@ def main(argv: list[str]) -> None:
     Raises:
         SystemExit: Help (status 0), a mistyped command line (status 2), or as [`train`].
     """
+    logging.disable_progress_bar()  # of loading and saving
     # A dataclass, which no annotation of the library's says
     parser = TrainParser(TrainArguments, prog="minimind-v train")  # pyright: ignore[reportArgumentType]
     try:

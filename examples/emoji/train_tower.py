@@ -35,7 +35,7 @@ from transformers import (
 from views import IMAGE_SIZE, augment, load_images, read_rows
 
 from minimind_v import MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
-from minimind_v.training.train import last_checkpoint
+from minimind_v.training.output_folder import last_checkpoint
 
 
 def build(tokenizer_folder: Path) -> tuple[MiniMindVForConditionalGeneration, MiniMindVProcessor]:
