@@ -16,6 +16,7 @@ from transformers import (
     pipelines,
 )
 
+from .common import CheckedModel
 from .configuration_minimind_v import MiniMindConfig, MiniMindVConfig
 from .modeling_minimind_v import (
     MiniMindForCausalLM,
@@ -41,7 +42,7 @@ AutoProcessor.register(MiniMindVConfig, MiniMindVProcessor)
 pipelines.PIPELINE_REGISTRY.register_pipeline(
     "image-to-text",
     pipeline_class=MiniMindVImageToTextPipeline,
-    pt_model=(AutoModelForImageTextToText,),
+    pt_model=(CheckedModel,),
     type="multimodal",
 )
 

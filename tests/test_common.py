@@ -17,8 +17,8 @@ from transformers import pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import logging
 
-from minimind_v import common
-from minimind_v.common import CheckedModel, WeightsError, atomic_output
+from minimind_v.common import CheckedModel, WeightsError, atomic_output, quiet_library
+from minimind_v.common import output as writing
 from minimind_v.publishing import assemble
 from minimind_v_cli.__main__ import main
 
@@ -28,12 +28,12 @@ from minimind_v_cli.__main__ import main
 WRITER = """
 import os, signal, sys, time
 from pathlib import Path
-from minimind_v import common
+from minimind_v.common import output as writing
 output = Path(sys.argv[1])
 def kill(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 {before}
-with common.atomic_output(output, overwrite=True) as folder:
+with writing.atomic_output(output, overwrite=True) as folder:
     folder.mkdir()
     (folder / "file.txt").write_text("new")
     print("begun", flush=True)
@@ -41,14 +41,14 @@ with common.atomic_output(output, overwrite=True) as folder:
 """
 # As on a system that cannot swap two paths: killed between the two renames.
 KILLED_BETWEEN = """
-common.exchange = lambda *_: False
+writing.exchange = lambda *_: False
 rename = Path.rename
 def rename_once(*paths):
     rename(*paths)
     kill()
 Path.rename = rename_once
 """
-KILLED_AFTER_EXCHANGE = "exchange = common.exchange; common.exchange = lambda *paths: exchange(*paths) and kill()"
+KILLED_AFTER_EXCHANGE = "exchange = writing.exchange; writing.exchange = lambda *paths: exchange(*paths) and kill()"
 
 
 @contextlib.contextmanager
@@ -144,7 +144,7 @@ def test_what_the_user_makes_meanwhile_stays(kind, existed, tmp_path):
 @pytest.mark.parametrize("swaps", [True, False])
 def test_files_and_links_are_replaced(swaps, tmp_path, monkeypatch):
     if not swaps:
-        monkeypatch.setattr(common, "exchange", lambda *_: False)
+        monkeypatch.setattr(writing, "exchange", lambda *_: False)
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("old")
     (tmp_path / "link").symlink_to(Path("there", "file"))
@@ -180,7 +180,7 @@ def test_mount_point(mount_point):
 
 
 def test_killed_while_a_mount_point_is_filled(mount_point):
-    before = "common.shutil.copytree = kill"
+    before = "writing.shutil.copytree = kill"
     with writer(mount_point, before, body="pass") as process:
         assert process.wait(60) == -signal.SIGKILL
     with pytest.raises(FileExistsError, match="exists already"):
@@ -264,7 +264,7 @@ def test_logits_that_are_not_finite_give_no_answer(tmp_path, capsys):
 
 def test_library_speaks_as_before():
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    with pytest.raises(OSError), common.quiet_library():
+    with pytest.raises(OSError), quiet_library():
         assert not logging.is_progress_bar_enabled()
         raise OSError
     assert (logging.is_progress_bar_enabled(), logging.get_verbosity()) == (bars, verbosity)
