@@ -6,6 +6,7 @@ Importing this package registers its classes, so that `AutoModelForImageTextToTe
 
 from pathlib import Path
 
+from . import configuration_minimind_v  # noqa: F401 isort: skip - first: it says when transformers is too old
 from transformers import (
     AutoConfig,
     AutoModel,

@@ -1,4 +1,4 @@
-"""Output that is whole or absent: one writer at a time, and nothing of the user is lost, whatever happens meanwhile."""
+"""Output that is whole or absent: one writer at a time, and nothing of the user is lost whatever happens."""
 
 import contextlib
 import ctypes

@@ -7,6 +7,10 @@ import copy
 import math
 from typing import Any, Literal
 
+import transformers
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19):
+    raise ImportError(f"MiniMind-V needs transformers >= 5.19.0, not {transformers.__version__}: install a newer one.")
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import strict  # checks the types, then calls validate_architecture
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
@@ -20,8 +24,7 @@ class MiniMindConfig(Qwen3MoeConfig):
         use_moe: Experts instead of a dense FFN, save in layers excepted by `mlp_only_layers` or `decoder_sparse_step`.
         use_qk_norm: RMSNorm on each head's query and key before RoPE (MiniMind-3: yes, MiniMind2: no).
         num_shared_experts: Experts that see every token besides the routed ones (MiniMind2), as one FFN of their sum.
-        router_aux_loss_type: Formula of [`router_auxiliary_loss`] in the modeling file: `"switch"` (MiniMind-3),
-            `"sequence"` (MiniMind2) or `"batch"` (MiniMind2 with `seq_aux=False`).
+        router_aux_loss_type: Formula of [`router_auxiliary_loss`]: `"switch"` (MiniMind-3), `"sequence"` or `"batch"`.
         head_dim, intermediate_size, moe_intermediate_size: Left out, `hidden_size // num_attention_heads`; for a dense
             FFN MiniMind-3's rule `64 * ceil(pi * hidden_size / 64)`; for an expert `intermediate_size`.
         norm_topk_prob: Weights of a token's experts sum up to 1; with one expert, as released, its weight is always 1.
@@ -144,24 +147,22 @@ class MiniMindVConfig(PreTrainedConfig):
         elif self.tie_word_embeddings != self.text_config.tie_word_embeddings:
             self.text_config = copy.deepcopy(self.text_config)
             self.text_config.tie_word_embeddings = self.tie_word_embeddings
-        strategy = "default" if self._has_cls_token() else "full"
+        strategy = "default" if self.vision_config.model_type == "clip_vision_model" else "full"
         self.vision_feature_select_strategy = self.vision_feature_select_strategy or strategy
         self.image_seq_length = self.image_seq_length or self._count_image_tokens()
         if not __name__.startswith("transformers_modules."):
             kwargs.pop("custom_pipelines", None)  # with it, `pipeline` asks an installed package for trust_remote_code
         super().__post_init__(**kwargs)
 
-    def _has_cls_token(self) -> bool:
-        return self.vision_config.model_type == "clip_vision_model"
-
     def _count_image_tokens(self) -> int:
         """What the tower makes of one image: a token for each patch, and CLS where it is kept."""
         grid = self.vision_config.image_size // self.vision_config.patch_size
-        return grid * grid + (self._has_cls_token() and self.vision_feature_select_strategy == "full")
+        has_cls = self.vision_config.model_type == "clip_vision_model"
+        return grid * grid + (has_cls and self.vision_feature_select_strategy == "full")
 
     def validate_architecture(self) -> None:
         super().validate_architecture()
-        if self.vision_feature_select_strategy == "default" and not self._has_cls_token():
+        if self.vision_feature_select_strategy == "default" and self.vision_config.model_type != "clip_vision_model":
             raise ValueError("vision_feature_select_strategy must be 'full': the tower has no CLS token to drop.")
         if not 0 <= self.image_token_id < (size := self.text_config.vocab_size):
             raise ValueError(f"image_token_id must be an id below vocab_size ({size}); got {self.image_token_id}.")
