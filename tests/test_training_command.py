@@ -1,6 +1,7 @@
 """The commands `check` and `train`: what they print and refuse, and what a training leaves behind."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -100,6 +101,7 @@ def test_interrupted_and_resumed_training_is_bit_identical(signal_name, whole, t
     )
     losses = 0
     for line in process.stdout:
+        assert "Loading weights" not in line
         losses += "'loss'" in line
         if losses == (1 if signal_name == "SIGTERM" else 7):  # a step after the checkpoint of step 5
             process.send_signal(getattr(signal, signal_name))
@@ -335,7 +337,8 @@ def test_two_trainings_do_not_mix_in_one_folder(folder, tmp_path):
         arguments(tmp_path, CHECKPOINT, folder, overwrite=True, resume_from_checkpoint="latest")
 
 
-def test_the_newest_checkpoints_stay_whatever_the_clock_says(folder, tmp_path, caplog):
+def test_the_newest_checkpoints_stay_whatever_the_clock_says(folder, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     out, options = tmp_path / "out", {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     train(arguments(tmp_path, CHECKPOINT, folder, max_steps=2, **options))
     os.utime(out / "checkpoint-2", (2e9, 2e9))
