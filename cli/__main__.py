@@ -10,7 +10,9 @@ import difflib
 import io
 import math
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,11 +128,25 @@ def answer_options() -> Parser:
         help="numbers to compute with; auto: float32 on a CPU, elsewhere as saved",
     )
     add("--compile", action="store_true", help="compile the model: a minute of waiting, then faster")
+    add = parser.add_argument_group("pictures of strangers").add_argument
+    add("--max-image-pixels", type=number(int, 1), metavar="N", help="refuse larger pictures")
+    add("--no-urls", action="store_true", help="fetch no picture from the network")
+    add(
+        "--allow-host",
+        action="append",
+        dest="allowed_hosts",
+        metavar="HOST",
+        help="fetch pictures from this host only; may be repeated (default: any public host)",
+    )
     return parser
 
 
-def with_sampling(options: dict[str, Any], greedy: bool) -> dict[str, Any]:
-    """The answer options with `greedy`: as given, else false if another option speaks of sampling, else the default.
+def settle(options: dict[str, Any], greedy: bool) -> dict[str, Any]:
+    """The answer options as the arguments of the engine.
+
+    Args:
+        options: As given.
+        greedy: What holds where no option speaks of drawing.
 
     Raises:
         argparse.ArgumentError: The options contradict each other.
@@ -139,7 +155,14 @@ def with_sampling(options: dict[str, Any], greedy: bool) -> dict[str, Any]:
     if options.get("greedy") and drawn:
         option = "--" + drawn[0].replace("_", "-")
         raise argparse.ArgumentError(None, f"--greedy draws nothing, so {option} has no effect: leave out one of them")
-    return {"greedy": greedy and not drawn} | options
+    options = {"greedy": greedy and not drawn} | options
+    if options.pop("no_urls", False):
+        if "allowed_hosts" in options:
+            raise argparse.ArgumentError(
+                None, "--no-urls and --allow-host contradict each other: leave out one of them"
+            )
+        options["allowed_hosts"] = []
+    return options
 
 
 # --- caption, chat, compare ------------------------------------------------------------------------------------------
@@ -154,8 +177,9 @@ def add_caption(commands: Commands, answers: Parser) -> None:
 Describe pictures. One JSON line each, with image, prompt, model and caption.
 
 A picture that cannot be read is reported and the rest go on; the exit status
-is 1 then. With --output, pictures that the file has already (with this prompt
-and model) are skipped. Captions are greedy, unless an option asks for sampling.""",
+is 1 then. With --output, pictures that the file has already (with this prompt,
+model and options) are skipped. Captions are greedy, unless an option asks for
+sampling.""",
         examples="""\
   minimind-v caption photos "more/*.jpg" --output captions.jsonl --batch-size 16
   accelerate launch -m minimind_v_cli caption photos --output captions.jsonl  # several GPUs""",
@@ -181,7 +205,7 @@ and model) are skipped. Captions are greedy, unless an option asks for sampling.
 
 
 def caption(images: list[str], prompt: str, output: Path | None, batch_size: int, workers: int, **options: Any) -> int:
-    options = with_sampling(options, greedy=True)
+    options = settle(options, greedy=True)
     from minimind_v.inference.captioning import caption_images, find_images
 
     try:
@@ -216,7 +240,7 @@ Talk about pictures in the terminal.
 
 
 def chat(images: list[str], **options: Any) -> None:
-    options = with_sampling(options, greedy=False)
+    options = settle(options, greedy=False)
     from minimind_v.inference.chatting import talk
 
     talk(images, options)
@@ -238,7 +262,7 @@ def add_compare(commands: Commands, answers: Parser) -> None:
 
 
 def compare(images: list[str], prompt: str, **options: Any) -> None:
-    options = with_sampling(options, greedy=True)
+    options = settle(options, greedy=True)
     from minimind_v.inference.chatting import ask_once
 
     ask_once(images, prompt, options)
@@ -469,6 +493,12 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     return vars(build_parser().parse_args(argv or ["--help"]))
 
 
+def exit_on_sigterm() -> None:
+    """Lets SIGTERM end this process as an error does, so that nothing half written stays behind."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line.
 
@@ -482,6 +512,7 @@ def main(argv: list[str] | None = None) -> None:
     # Chinese also where the terminal or the pipe is not UTF-8, and file names of any bytes
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    exit_on_sigterm()
     arguments = parse(sys.argv[1:] if argv is None else argv)
     run, parser, debug = (arguments.pop(name) for name in ("run", "parser", "debug"))
     try:

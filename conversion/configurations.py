@@ -1,12 +1,15 @@
 """The configuration of an original checkpoint: sizes from its tensors, the rest from its arguments or its release."""
 
+import difflib
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
 
+from ..common import read_json
 from ..configuration_minimind_v import MiniMindConfig
 from .key_maps import LANGUAGE_MODEL, TOWER
 
@@ -32,6 +35,15 @@ ARGUMENTS = {
     "n_routed_experts": "num_experts",
     "aux_loss_alpha": "router_aux_loss_coef",
 }
+# Its other arguments, which change no number here: fixed by the release, told by the tensors, or for training only.
+OTHER_ARGUMENTS = {
+    *("bos_token_id", "dropout", "eos_token_id", "flash_attn", "head_dim", "image_hidden_size", "image_ids"),
+    *("image_special_token", "image_token_len", "inference_rope_scaling", "intermediate_size", "max_seq_len"),
+    *("moe_intermediate_size", "multiple_of", "n_shared_experts", "rope_scaling", "scoring_func", "use_moe"),
+    "vocab_size",
+}
+# What the library writes besides into a config.json
+LIBRARY_FIELDS = {"auto_map", "torch_dtype", "use_cache", *PreTrainedConfig().to_dict()} - {"_name_or_path"}
 YARN = {  # fixed in the original, whatever else its config says; on with inference_rope_scaling
     "rope_type": "yarn",
     "factor": 16.0,
@@ -41,6 +53,30 @@ YARN = {  # fixed in the original, whatever else its config says; on with infere
     "attention_factor": 1.0,
 }
 LAYER = LANGUAGE_MODEL + "layers.0."
+
+
+def read_arguments(source: dict[str, Any] | str | Path) -> dict[str, Any]:
+    """The original constructor's arguments, from a dict or JSON file of them.
+
+    Raises:
+        ValueError: One of them is not known, or none is there; the message suggests the nearest.
+    """
+    arguments = source if isinstance(source, dict) else read_json(source)
+    name_of_source = "original_config" if isinstance(source, dict) else source
+    released = RELEASED | RELEASED_MINIMIND2 | RELEASED_MINIMIND2_EXPERTS | RELEASED_MINIMIND3_EXPERTS
+    known = {*ARGUMENTS, *ARGUMENTS.values(), *released, *OTHER_ARGUMENTS, "tie_word_embeddings"}
+    if not isinstance(arguments, dict) or not known & arguments.keys():
+        example = '{"num_attention_heads": 8, "rope_theta": 1e6}'
+        raise ValueError(
+            f"{name_of_source} holds no argument of the original's constructor. Give them as in {example}."
+        )
+    for name in arguments.keys() - known - LIBRARY_FIELDS:
+        near = difflib.get_close_matches(name, known, n=1)
+        advice = f"Did you mean {near[0]}?" if near else "Leave it out."
+        raise ValueError(
+            f"{name_of_source} holds {name}, which is no argument of the original's constructor. {advice}"
+        )
+    return arguments
 
 
 def text_config(

@@ -8,11 +8,11 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ..common import atomic_output, count_parameters, read_json
+from ..common import atomic_output, count_parameters, quiet_library, shorten
 from ..configuration_minimind_v import MiniMindConfig, MiniMindVConfig
 from ..modeling_minimind_v import MiniMindForCausalLM, MiniMindVForConditionalGeneration, MiniMindVMultiModalProjector
 from ..processing_minimind_v import MiniMindVProcessor
-from .configurations import text_config
+from .configurations import read_arguments, text_config
 from .key_maps import (
     LANGUAGE_MODEL,
     PROJECTOR,
@@ -103,10 +103,11 @@ def convert_checkpoint(
     output = Path(output).expanduser()
     checkpoint, vision_encoder = find_source(checkpoint, output), find_source(vision_encoder, output)
     tokenizer, original_config = find_source(tokenizer, output), find_source(original_config, output)
-    with atomic_output(output, overwrite) as folder, tqdm(total=4, desc="reading", unit="step") as progress:
+    bar = tqdm(total=4, desc="reading", unit="step", leave=False, disable=None)  # in terminals, until it is done
+    with atomic_output(output, overwrite) as folder, bar as progress:
         state, arguments, files = read_checkpoint(checkpoint)
         if original_config is not None:
-            arguments |= original_config if isinstance(original_config, dict) else read_json(original_config)
+            arguments |= read_arguments(original_config)
         release = find_release(release, state, checkpoint)
         advance(progress, "mapping")
         state, decoder, notes = map_tensors(state, release, arguments)
@@ -264,16 +265,13 @@ def fill_model(
     return model
 
 
-def shorten(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
 def save_model(model: MiniMindForCausalLM | MiniMindVForConditionalGeneration, folder: Path) -> None:
     """Weights, configuration, code and generation settings."""
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     if isinstance(model.config, MiniMindVConfig):
         model.generation_config.suppress_tokens = [model.config.image_token_id]  # an answer holds no image
-    model.save_pretrained(folder)
+    with quiet_library():
+        model.save_pretrained(folder)
 
 
 def save_processor(

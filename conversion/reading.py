@@ -65,8 +65,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     except OSError:
         raise
     except Exception as error:  # what is no checkpoint makes the readers fail in many ways
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {reason}") from None
+        # Not their words: torch advises to set weights_only=False, which would run the code of a hostile file.
+        is_code = "GLOBAL" in str(error)  # pickle's instruction that imports what it names
+        reason = "it holds more than tensors, which could run code" if is_code else "another kind, or cut off"
+        advice = "Name a .pth, .bin or .safetensors file of weights, or a folder of them."
+        raise ValueError(f"{path} cannot be read as a checkpoint of tensors ({reason}). {advice}") from None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]  # the original's files for resuming also hold the optimizer
     if not isinstance(content, dict) or not content or not all(torch.is_tensor(value) for value in content.values()):

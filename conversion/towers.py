@@ -16,6 +16,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from ..common import load_model, read_model_type
 from .configurations import vision_config
 from .key_maps import TOWER
 
@@ -42,6 +43,7 @@ def read_tower(
 
     Raises:
         ValueError: There is no tower, or one of another kind.
+        WeightsError: Its weights are not whole.
     """
     shapes = {name: tensor.shape for name, tensor in state.items() if name.startswith(TOWER)}
     if vision_encoder is None:
@@ -51,9 +53,10 @@ def read_tower(
             )
         config, assumed = vision_config(shapes)
         return config, {}, assumed
-    config = AutoConfig.from_pretrained(vision_encoder)
-    if config.model_type not in TOWERS:
-        raise ValueError(f"{vision_encoder} must be a CLIP or SigLIP model; it is a {config.model_type!r}.")
+    kind = read_model_type(vision_encoder)
+    if kind not in TOWERS:
+        raise ValueError(f"{vision_encoder} must be a CLIP or SigLIP model; it is a {kind!r}.")
+    config = AutoConfig.from_pretrained(vision_encoder, trust_remote_code=False)
     if config.model_type in ("clip", "siglip"):
         config = config.vision_config
     tensors = {} if shapes else read_tower_tensors(vision_encoder, config)
@@ -64,7 +67,7 @@ def read_tower(
 
 def read_tower_tensors(vision_encoder: str | Path, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """Tensors of a CLIP or SigLIP model's tower, without SigLIP's pooling head, under this package's names."""
-    state = TOWERS[config.model_type].from_pretrained(vision_encoder, config=config).state_dict()
+    state = load_model(vision_encoder, TOWERS[config.model_type], is_part=True, config=config).state_dict()
     state = {re.sub(r"^vision_model\.", "", name): tensor for name, tensor in state.items()}
     return {TOWER + name: tensor for name, tensor in state.items() if not name.startswith("head.")}
 
@@ -73,7 +76,7 @@ def make_image_processor(config: PreTrainedConfig, vision_encoder: str | Path | 
     """The image processor of `vision_encoder`, or the usual one for a tower of this configuration."""
     if vision_encoder is not None:
         with contextlib.suppress(OSError):
-            return AutoImageProcessor.from_pretrained(vision_encoder, backend="pil")
+            return AutoImageProcessor.from_pretrained(vision_encoder, backend="pil", trust_remote_code=False)
     side = config.image_size
     if config.model_type == "clip_vision_model":
         return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})

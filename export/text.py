@@ -13,7 +13,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from ..common import atomic_output
+from ..common import atomic_output, quiet_library
 from ..conversion.key_maps import LANGUAGE_MODEL
 from .reading import read_own_checkpoint
 
@@ -61,7 +61,8 @@ def export_text_backbone(checkpoint: str | Path, output: str | Path, *, overwrit
     model.tie_weights()
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     with atomic_output(output, overwrite) as folder:
-        model.save_pretrained(folder)
+        with quiet_library():
+            model.save_pretrained(folder)
         if Path(checkpoint, "tokenizer.json").exists():
-            AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False).save_pretrained(folder)
     return output

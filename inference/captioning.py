@@ -1,9 +1,8 @@
-"""Captions of many pictures: what is read, what is written, and how several processes share the work."""
+"""Captions of many pictures: what is read, and how several processes share the work."""
 
 import contextlib
 import functools
 import glob
-import json
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
@@ -19,13 +19,12 @@ from tqdm import tqdm
 from transformers import BatchFeature
 
 from .. import EMBEDDED_MODEL
-from ..image_loading_minimind_v import load_image
-from .engine import Engine, encode, note, question, report_speed, start_process
+from ..common import locked
+from ..image_loading_minimind_v import FORMATS
+from .engine import Engine, encode, question, report_speed, start_process
+from .records import ERRORS, Record, describe_options, left_to_caption, merge, note_skipped, to_line
 
-ERRORS = "surrogateescape"  # file names may be any bytes
 ADDRESSES = ("http://", "https://", "data:")
-FIELDS = ("image", "prompt", "model", "caption")
-Record = dict[str, str]  # of these fields: one line of the output
 
 
 def find_images(names: Iterable[str]) -> list[str]:
@@ -37,7 +36,7 @@ def find_images(names: Iterable[str]) -> list[str]:
         FileNotFoundError: Nothing in a folder, or for a pattern.
     """
     Image.init()
-    endings = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    endings = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS)
     images: list[str] = []
     for name in names:
         found = [name]
@@ -55,83 +54,33 @@ def find_images(names: Iterable[str]) -> list[str]:
 def read_batch(
     names: list[str], processor: Any, prompt: str, template_options: dict[str, Any]
 ) -> tuple[list[str], BatchFeature | None, list[str]]:
-    """Names of the images that can be read, their model inputs, and what is wrong with the others."""
-    good, chats, errors = [], [], []
+    """Names of the images that can be read, their model inputs, and what is wrong with the others.
+
+    One image at a time is open; all inputs are as long, because all have the same prompt.
+    """
+    good, rows, errors = [], [], []
     for name in names:
         try:
-            chats.append([question([load_image(name)], prompt)])
+            rows.append(encode(processor, [[question([name], prompt)]], template_options))
             good.append(name)
         except (OSError, ValueError) as error:
-            errors.append(" ".join(str(error).split()))
-    return good, encode(processor, chats, template_options) if chats else None, errors
-
-
-def read_records(path: Path) -> list[Record]:
-    """The lines of a file of captions; a last line whose writing was cut off is removed from it.
-
-    Raises:
-        ValueError: The file is something else. It is left as it is.
-    """
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    start, rest = b'{"image": ', content[len(whole) :]
-    try:
-        records = [json.loads(line.decode("utf-8", ERRORS)) for line in whole.splitlines()]
-    except ValueError:
-        records = [{}]
-    is_ours = all(isinstance(record, dict) and set(FIELDS) <= record.keys() for record in records)
-    if not is_ours or rest[: len(start)] != start[: len(rest)]:
-        raise ValueError(f"{path} holds something else than captions and is left as it is. Choose another --output.")
-    if rest:
-        os.truncate(path, len(whole))
-    return records
-
-
-def merge(output: Path, images: list[str]) -> list[Record]:
-    """Moves what several processes have written, also before an interruption, into the output, in input order."""
-    records = read_records(output)
-    parts = sorted(output.parent.glob(f"{glob.escape(output.name)}.part-*"))
-    if parts:
-        records += [record for part in parts for record in read_records(part)]
-        records = list({key(record): record for record in records}.values())
-        order = {image: number for number, image in enumerate(images)}
-        records.sort(key=lambda record: order.get(record["image"], -1))
-        complete = output.with_name(f"{output.name}.merging")
-        complete.write_text("".join(map(to_line, records)), encoding="utf-8", errors=ERRORS)
-        os.replace(complete, output)
-        for part in parts:
-            part.unlink()
-    return records
-
-
-def key(record: Record) -> tuple[str, ...]:
-    return record["image"], record["prompt"], record["model"]
-
-
-def to_line(record: Record) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def skip_captioned(images: list[str], prompt: str, model: str, output: Path, state: PartialState) -> list[str]:
-    """The images that the output does not have yet, with this prompt and model; the same ones in every process."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if state.is_main_process:
-        merge(output, images)
-    state.wait_for_everyone()
-    done = {key(record) for record in read_records(output)}
-    left = [image for image in images if (image, prompt, model) not in done]
-    if len(left) < len(images) and state.is_main_process:
-        note(f"{len(images) - len(left)} of {len(images)} pictures are in {output} already.")
-    return left
+            errors.append(" ".join(str(error).replace("image 0 of sample 0", "image").split()))
+    inputs = {name: torch.cat([row[name] for row in rows]) for name in rows[0]} if rows else None
+    return good, BatchFeature(inputs) if inputs else None, errors
 
 
 def caption_batches(
-    engine: Engine, images: list[str], prompt: str, model: str, batch_size: int = 8, workers: int = 0
+    engine: Engine, images: list[str], fields: dict[str, str], batch_size: int = 8, workers: int = 0
 ) -> Iterator[tuple[list[Record], list[str]]]:
-    """Records of one batch of images after the other, and what is wrong with those that cannot be read."""
-    encode(engine.processor, [[question([], prompt)]], engine.template_options)  # a bad prompt fails here, clearly
+    """Records of one batch of images after the other, and what is wrong with those that cannot be read.
+
+    Args:
+        fields: What all records say besides image and caption: prompt, model, options.
+    """
+    prompt, blank = fields["prompt"], Image.new("RGB", (8, 8))
+    encode(
+        engine.processor, [[question([blank], prompt)]], engine.template_options
+    )  # a bad prompt fails here, clearly
     read = functools.partial(
         read_batch, processor=engine.processor, prompt=prompt, template_options=engine.template_options
     )
@@ -139,7 +88,7 @@ def caption_batches(
     loader = DataLoader(paths, batch_size, num_workers=workers, collate_fn=read, worker_init_fn=ignore_interruption)
     for names, inputs, errors in loader:
         captions = zip(names, engine.answer(inputs), strict=True) if names else ()
-        yield [dict(zip(FIELDS, (name, prompt, model, text), strict=True)) for name, text in captions], errors
+        yield [{"image": name, **fields, "caption": text} for name, text in captions], errors
 
 
 def ignore_interruption(_worker: int) -> None:
@@ -184,7 +133,7 @@ def caption_images(
     Args:
         images: Paths or URLs.
         prompt: What to ask about each.
-        output: What it has already, of this prompt and model, is skipped.
+        output: What it has already, of this prompt, model and options, is skipped.
         batch_size: Images per call of the model.
         workers: Processes that read images ahead.
         options: Of [`Engine`].
@@ -194,30 +143,55 @@ def caption_images(
 
     Raises:
         ValueError: The output is not a file of captions, or there are several processes and no output.
+        BlockingIOError: Another run writes the output.
     """
     options = options or {}
     state = start_process(options.get("device", "auto"))
-    several, model = state.num_processes > 1, options.get("model") or EMBEDDED_MODEL.name
-    if several and output is None:
-        raise ValueError("Several processes cannot share the terminal. Name a file with --output.")
-    left = skip_captioned(images, prompt, model, output, state) if output else images
+    several = state.num_processes > 1
+    fields = {"prompt": prompt, "model": options.get("model") or EMBEDDED_MODEL.name}
+    fields["options"] = describe_options(options)
+    if output is None:
+        if several:
+            raise ValueError("Several processes cannot share the terminal. Name a file with --output.")
+        return caption_share(images, fields, None, batch_size, workers, options, state)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with locked(output) if state.is_main_process else contextlib.nullcontext():
+        if state.is_main_process:
+            merge(output, images)
+        state.wait_for_everyone()
+        left = left_to_caption(images, **fields, output=output)
+        if state.is_main_process:
+            note_skipped(images, left, prompt, fields["model"], output)
+        broken = caption_share(left, fields, output, batch_size, workers, options, state)
+        if state.is_main_process:
+            merge(output, images)
+        state.wait_for_everyone()
+    return broken
 
-    counts = (0, 0, 0.0)  # broken images, tokens, seconds of this process
-    with state.split_between_processes(left) as split:
-        share: Any = split  # a list as `left`; the library says any of what it can split
+
+def caption_share(
+    images: list[str],
+    fields: dict[str, str],
+    output: Path | None,
+    batch_size: int,
+    workers: int,
+    options: dict[str, Any],
+    state: PartialState,
+) -> int:
+    """Captions this process's share of `images`; returns the number of broken ones in all processes."""
+    several, counts = state.num_processes > 1, (0, 0, 0.0)  # broken images, tokens, seconds of this process
+    with state.split_between_processes(images) as split:
+        share: Any = split  # a list as `images`; the library says any of what it can split
         if share:
             engine = Engine(**options)
             # A bar would stand between the lines of a terminal; `None` hides it where stderr is none.
-            has_room = len(left) > batch_size and (output or not sys.stdout.isatty()) and state.is_local_main_process
+            has_room = len(images) > batch_size and (output or not sys.stdout.isatty()) and state.is_local_main_process
             bar = tqdm(total=len(share), unit="picture", disable=None if has_room else True)
-            batches = caption_batches(engine, share, prompt, model, batch_size, workers)
-            part = output.with_name(f"{output.name}.part-{state.process_index}") if several and output else output
-            counts = write_batches(batches, part, bar), engine.tokens, engine.seconds
-
+            batches = caption_batches(engine, share, fields, batch_size, workers)
+            part = output.with_name(f"{output.name}.part-{state.process_index}") if several and output else None
+            with locked(part) if part else contextlib.nullcontext():
+                counts = write_batches(batches, part or output, bar), engine.tokens, engine.seconds
     broken, tokens, seconds = zip(*gather_object([counts]), strict=True)
-    if several and output and state.is_main_process:
-        merge(output, images)
     if state.is_main_process and any(tokens):
         report_speed(sum(tokens), max(seconds))
-    state.wait_for_everyone()
     return sum(broken)

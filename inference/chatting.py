@@ -5,6 +5,8 @@ import os
 import sys
 from typing import Any
 
+from PIL import Image
+
 from ..image_loading_minimind_v import load_image
 from .engine import Engine, encode, note, question, report_speed
 
@@ -13,6 +15,11 @@ HELP = """\
 /reset        forget the conversation
 /help         this text
 /exit         end (or Ctrl-D); Ctrl-C stops an answer"""
+
+# Tried with the embedded model: half of its answers are about the earlier image.
+EARLIER_IMAGE = """\
+The conversation has an earlier image, and a model that was trained on single ones may answer about that. To ask about
+this one alone: /reset, then /image again."""
 
 
 def ask_once(images: list[str], text: str, options: dict[str, Any]) -> None:
@@ -23,10 +30,21 @@ def ask_once(images: list[str], text: str, options: dict[str, Any]) -> None:
         text: The question.
         options: Of [`Engine`].
     """
-    chat = [question([load_image(image) for image in images], text)]
     engine = Engine(**options)
-    engine.answer(encode(engine.processor, [chat], engine.template_options), stream=True)
+    inputs = encode(engine.processor, [[question(images, text)]], engine.template_options)
+    engine.answer(inputs, stream=True)
     report_speed(engine.tokens, engine.seconds)
+
+
+def open_image(source: str, processor: Any) -> Image.Image:
+    """The image, opened once for all questions of a conversation, as `processor` may open it."""
+    limits = {"max_pixels": processor.max_image_pixels, "allowed_hosts": processor.allowed_hosts}
+    return load_image(os.path.expanduser(source), **limits)
+
+
+def has_images(chat: list[dict[str, Any]]) -> bool:
+    """Whether a user's message has an image."""
+    return any(part["type"] == "image" for turn in chat if turn["role"] == "user" for part in turn["content"])
 
 
 def talk(images: list[str], options: dict[str, Any]) -> None:
@@ -38,8 +56,9 @@ def talk(images: list[str], options: dict[str, Any]) -> None:
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() then has a line editor and a history
-    pending, chat = [load_image(image) for image in images], []
     engine = Engine(**options)
+    pending, chat = [open_image(image, engine.processor) for image in images], []
+    is_hint_due = True
     note("Ask a question; /image PATH adds a picture to it, /help shows more.")
     while True:
         try:
@@ -60,14 +79,19 @@ def talk(images: list[str], options: dict[str, Any]) -> None:
             note("A new conversation.")
         elif name == "/image":
             try:
-                pending.append(load_image(os.path.expanduser(argument.strip(" '\""))))
+                pending.append(open_image(argument.strip(" '\""), engine.processor))
                 note(f"Images for the next question: {len(pending)}.")
+                if has_images(chat):
+                    note(EARLIER_IMAGE)
             except (OSError, ValueError) as error:
                 print(f"error: {error}", file=sys.stderr)
         elif name.startswith("/"):
             print(f"error: There is no command {name}; /help lists them.", file=sys.stderr)
         elif line:
             turn = question(pending, line)
+            if is_hint_due and not has_images([*chat, turn]):
+                note("No picture was given: the model answers from the words alone. /image PATH adds one.")
+                is_hint_due = False
             engine.tokens, engine.seconds = 0, 0.0
             try:
                 answer = engine.answer(encode(engine.processor, [[*chat, turn]], engine.template_options), stream=True)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,18 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
     BatchFeature,
     CompileConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     TextStreamer,
     set_seed,
 )
-from transformers.utils import logging
 
 from .. import EMBEDDED_MODEL
-from ..common import count_parameters
+from ..common import count_parameters, load_model, load_processor, read_model_type
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
+from ..pipeline_minimind_v import FiniteLogits
 
 DEFAULT_MAX_NEW_TOKENS = 512  # the original's
 
@@ -65,7 +64,7 @@ def store_column_major(model: MiniMindVForConditionalGeneration) -> None:
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
-def load_model(source: str | Path, device: torch.device, dtype: str = "auto") -> MiniMindVForConditionalGeneration:
+def load_ready(source: str | Path, device: torch.device, dtype: str = "auto") -> MiniMindVForConditionalGeneration:
     """A vision-language checkpoint of this package, ready to answer.
 
     Args:
@@ -75,15 +74,15 @@ def load_model(source: str | Path, device: torch.device, dtype: str = "auto") ->
 
     Raises:
         ValueError: It is another kind of model.
-        OSError: There is no such checkpoint.
+        WeightsError, OSError: As [`load_model`] raises them.
     """
-    kind = AutoConfig.from_pretrained(source).model_type
+    kind = read_model_type(source)
     if kind != "minimind_v":
         raise ValueError(f"{source} is a {kind} model, not a vision-language one of this package (minimind_v).")
     on_cpu = device.type == "cpu"
     if dtype == "auto" and on_cpu:
         dtype = "float32"
-    model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+    model: Any = load_model(source, dtype=dtype, trust_remote_code=False)
     model.to(device).eval()
     if on_cpu and model.dtype == torch.float32:
         store_column_major(model)
@@ -110,8 +109,10 @@ class Engine:
         seed: For sampling.
         thinking: Value for the chat template's switch; left out, the template's default.
         device: `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.
-        dtype: As for [`load_model`].
+        dtype: As for [`load_ready`].
         compile: Static cache and compiled steps.
+        max_image_pixels: Larger images are refused; left out, the processor's limit.
+        allowed_hosts: The only hosts from which images are fetched; empty: none; left out, any public one.
 
     Attributes:
         model, processor, device: What answers.
@@ -120,6 +121,7 @@ class Engine:
 
     Raises:
         ValueError: Not a vision-language checkpoint of this package, no such device, or no switch for thinking.
+        WeightsError: Its weights are not whole.
         OSError: There is no such checkpoint.
     """
 
@@ -138,13 +140,18 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         compile: bool = False,
+        max_image_pixels: int | None = None,
+        allowed_hosts: Sequence[str] | None = None,
     ) -> None:
-        logging.disable_progress_bar()
         source, state = model or EMBEDDED_MODEL, start_process(device)
         assert state.device is not None  # as it is only before it is set up
         self.device = state.device
-        self.model = load_model(source, self.device, dtype)
-        self.processor = AutoProcessor.from_pretrained(source)
+        self.model = load_ready(source, self.device, dtype)
+        self.processor: Any = load_processor(source)
+        if max_image_pixels is not None:
+            self.processor.max_image_pixels = max_image_pixels
+        if allowed_hosts is not None:
+            self.processor.allowed_hosts = allowed_hosts
         self.tokens, self.seconds = 0, 0.0
 
         config = self.model.generation_config
@@ -177,6 +184,9 @@ class Engine:
 
         Returns:
             One answer per row.
+
+        Raises:
+            ValueError: The logits are not finite.
         """
         length = inputs["input_ids"].shape[1]
         positions = self.model.config.get_text_config().max_position_embeddings
@@ -185,7 +195,10 @@ class Engine:
         start = time.perf_counter()
         # The library's protocol for `self` asks for attributes that few of its own models have
         sequences = self.model.generate(  # pyright: ignore[reportAttributeAccessIssue]
-            **inputs.to(self.device), max_new_tokens=longest, streamer=streamer if stream else None
+            **inputs.to(self.device),
+            max_new_tokens=longest,
+            streamer=streamer if stream else None,
+            logits_processor=LogitsProcessorList([FiniteLogits()]),
         )
         answers = sequences[:, length:].cpu()
         self.seconds += time.perf_counter() - start

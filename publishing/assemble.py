@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import pipeline
 
-from ..common import atomic_output, read_json
+from ..common import WeightsError, atomic_output, load_model, load_processor, read_json
 from .card import BEGIN, write_card
 from .checks import CODE, GREEDY, PROMPT, card_images
 
@@ -121,12 +121,9 @@ def clear_disk_errors(output: Path) -> Iterator[None]:
 def load(checkpoint: Path) -> tuple[Any, Any]:
     """Model and processor; raises a ValueError unless the files are whole and the weights fit the configuration."""
     try:
-        processor = AutoProcessor.from_pretrained(checkpoint)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, output_loading_info=True)
-        model, loading = loaded
+        return load_model(checkpoint, trust_remote_code=False), load_processor(checkpoint)
+    except WeightsError as error:
+        raise ValueError(str(error)) from error
     except Exception as error:  # broken files make the readers fail in many ways
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{checkpoint} cannot be loaded: {reason} Save it again.") from error
-    if problems := {name: sorted(map(str, keys)) for name, keys in loading.items() if keys}:
-        raise ValueError(f"The weights of {checkpoint} do not fit its configuration: {problems}. Save it again.")
-    return model, processor

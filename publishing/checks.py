@@ -14,7 +14,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from packaging.specifiers import SpecifierSet
 from PIL import Image, ImageOps
 from safetensors import safe_open
 
-CODE = [f"{name}_minimind_v.py" for name in ("configuration", "image_loading", "modeling", "processing")]
+CODE = sorted(path.name for path in Path(__file__).resolve().parents[1].glob("*_minimind_v.py"))
 CONFIGURATION = ["config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json"]
 SAVED = [*CONFIGURATION, "chat_template.jinja", "tokenizer.json", *CODE]  # by save_pretrained, besides the weights
 REQUIRED = {*SAVED, "LICENSE", "README.md", "example.png"}
@@ -84,7 +84,7 @@ def check_files(folder: Path) -> str:
 
 
 def check_weights(folder: Path) -> str:
-    """Every header is valid, every number finite."""
+    """Every header is valid, every number finite, no matrix all zeros."""
     dtypes = []
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:  # raises on a header that does not fit the file
@@ -92,13 +92,17 @@ def check_weights(folder: Path) -> str:
                 tensor = file.get_tensor(name)
                 if not tensor.isfinite().all():
                     raise ValueError(f"{path.name}: {name} holds NaN or infinity")
+                if tensor.ndim > 1 and not tensor.any():
+                    raise ValueError(f"{path.name}: {name} holds only zeros")
                 dtypes.append(str(tensor.dtype).removeprefix("torch."))
-    return f"{len(dtypes)} tensors of {' and '.join(sorted(set(dtypes)))}, headers valid, no NaN or infinity"
+    return (
+        f"{len(dtypes)} tensors of {' and '.join(sorted(set(dtypes)))}, headers valid, no NaN, infinity or mere zeros"
+    )
 
 
 def check_code(folder: Path) -> str:
     """It imports what every user has, and itself."""
-    allowed, used = {"torch", "transformers", "PIL", "numpy", *sys.stdlib_module_names}, set()
+    allowed, used = {"torch", "transformers", "huggingface_hub", "PIL", "numpy", *sys.stdlib_module_names}, set()
     for path in sorted(folder.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -116,15 +120,39 @@ def check_code(folder: Path) -> str:
 
 
 def check_privacy(folder: Path) -> str:
-    """No access token, and no path of this machine (configurations may keep where a model was loaded from)."""
-    for path in [*folder.glob("*.json"), *folder.glob("*.md"), *folder.glob("*.jinja"), *folder.glob("*.py")]:
-        text = path.read_text(encoding="utf-8")
-        if re.search(r"\bhf_[A-Za-z0-9]{30,}", text):
+    """No access token, and no path of this machine: files of any kind may keep where a model was loaded from."""
+    for path in sorted(folder.iterdir()):
+        text, content = "", {}
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                content = file.metadata() or {}
+            text = json.dumps(content)
+        elif path.suffix in (".json", ".md", ".jinja", ".py"):
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text) if path.suffix == ".json" else {}
+        if re.search(r"hf_[A-Za-z0-9]{30,}", text):
             raise ValueError(f"{path.name} holds an access token")
-        for value in re.findall(r'": "([^"]{2,})"', text) if path.name in CONFIGURATION else []:
-            if os.path.isabs(value) and os.path.exists(value):
-                raise ValueError(f"{path.name} names {value}, a path of this machine")
+        if path.name == "tokenizer.json":
+            del content["model"]  # a vocabulary may well have "/usr"
+        for word in (word for value in strings(content) for word in re.split(r"[\s\"',;=]", value)):
+            if is_path_here(word):
+                raise ValueError(f"{path.name} names {word}, a path of this machine")
     return "no access token, no path of this machine"
+
+
+def strings(content: Any) -> Iterator[str]:
+    """All strings in the content of a JSON file."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, (dict, list)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from strings(value)
+
+
+def is_path_here(word: str) -> bool:
+    """Whether this is an absolute path that exists, or one in the user's home."""
+    path = Path(word)
+    return path.is_absolute() and len(path.parts) > 1 and (os.path.exists(path) or path.is_relative_to(Path.home()))
 
 
 def check_card(folder: Path) -> str:
@@ -235,11 +263,9 @@ class Stranger:
         return "the same files, the same answer"
 
     def check_source(self, checkpoint: Path) -> str:
-        if (checkpoint / CODE[-1]).exists():
-            names = ("AutoModelForImageTextToText", "AutoProcessor")
-            model, processor = (self.load(name, checkpoint) for name in names)
-        else:  # weights without code: with the code that is published
-            model, processor = (type(part).from_pretrained(checkpoint) for part in (self.model, self.processor))
+        # With the code that is published and was looked at, whatever code the checkpoint has
+        parts = (self.model, self.processor)
+        model, processor = (type(part).from_pretrained(checkpoint, trust_remote_code=False) for part in parts)
         image = self.question[:1]
         for question in (self.question, image, [*image, *self.question]):
             given = self.ask(self.model, self.processor, question)

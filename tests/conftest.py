@@ -21,6 +21,7 @@ from minimind_v import MiniMindConfig, MiniMindVConfig, MiniMindVForConditionalG
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CHECKPOINT = REPOSITORY / "checkpoints" / "minimind-v-emoji"
+CODE = sorted(path.name for path in REPOSITORY.glob("*_minimind_v.py"))  # what goes along with every saved model
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

@@ -15,19 +15,22 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CHECKPOINT, REPOSITORY, caption_row, write_jsonl
+from PIL import Image
 from test_readme import CAPTIONS, README
 from transformers import TrainingArguments
 
 import minimind_v
 from minimind_v import MiniMindVForConditionalGeneration
-from minimind_v.inference.captioning import caption_images, find_images, read_records
+from minimind_v.inference.captioning import caption_images, find_images
 from minimind_v.inference.engine import DEFAULT_MAX_NEW_TOKENS, Engine, encode, question, store_column_major
+from minimind_v.inference.records import FIELDS, read_records
 from minimind_v.training.train import TrainArguments
 from minimind_v_cli.__main__ import main
 
@@ -84,7 +87,8 @@ def test_help_tells_the_defaults_of_answers(capsys):
         assert re.search(rf"--{name.replace('_', '-')} \S+ [^-]*\(default: {parameters[name].default}\)", shown)
     assert f"or else {DEFAULT_MAX_NEW_TOKENS})" in shown
     listed = {option.replace("-", "_") for option in re.findall(r" --([\w-]+)", shown.partition("how to answer:")[2])}
-    assert listed - {"sample", "no_thinking", "image"} == parameters.keys()
+    others = {"sample", "no_thinking", "image", "no_urls", "allow_host"}
+    assert listed - others | {"allowed_hosts"} == parameters.keys()
 
 
 def test_help_of_train_lists_options_that_exist(capsys):
@@ -105,6 +109,8 @@ def test_help_of_train_lists_options_that_exist(capsys):
         ("caption x.png --top-k 0", "argument --top-k: 0 is not at least 1."),
         ("caption x.png --top-k 1.5", "argument --top-k: invalid int value: '1.5'."),
         ("compare a b --greedy --top-p 0.5", "--greedy draws nothing, so --top-p has no effect: leave out one of "),
+        ("chat --no-urls --allow-host a.org", "--no-urls and --allow-host contradict each other: leave out one of"),
+        ("caption x.png --max-image-pixels 0", "argument --max-image-pixels: 0 is not at least 1."),
         ("chat --model no-folder", "argument --model: no-folder is neither a folder nor USER/REPO of the Hub."),
         ("convert a.pth b --relase x", "(did you mean --release?). See minimind-v convert --help."),
         ("upload my-model", "the following arguments are required: USER/REPO."),
@@ -132,7 +138,7 @@ def test_errors_are_one_line_unless_debugged(arguments, error, message, tmp_path
 
 def test_finding_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("b.PNG", "a.jpg", "a.txt", ".hidden.png", "sub/c.webp", "odd[1].png"):
+    for name in ("b.PNG", "a.jpg", "a.txt", "a.eps", "a.pdf", ".hidden.png", "sub/c.webp", "odd[1].png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert find_images(["."]) == ["./a.jpg", "./b.PNG", "./odd[1].png", "./sub/c.webp"]
@@ -236,8 +242,12 @@ def test_captions_go_on_after_an_interruption_and_past_broken_images(tmp_path, m
     process = subprocess.Popen([*COMMAND, "caption", ".", *options, "1"], **OPTIONS)
     while process.poll() is None and not (output.exists() and output.stat().st_size > 1000):
         time.sleep(0.01)
+    assert re.match(
+        rf"error: {output} is being written by process {process.pid} on ", run("caption", ".", *options, 1)
+    )
     process.kill()
     process.communicate()
+    assert Path("new", ".captions.jsonl.lock").exists()  # of a dead process: no obstacle
     written = output.read_bytes().splitlines(keepends=True)
     assert 2 < len(written) < 6 * len(CAPTIONS)
     output.write_bytes(b"".join(written)[:-20])  # the last line half written
@@ -245,7 +255,7 @@ def test_captions_go_on_after_an_interruption_and_past_broken_images(tmp_path, m
     Path("broken.png").write_text("not an image")
     with served(IMAGES) as url:
         more = ["missing.jpg", f"{url}/dog.png", f"{url}/none.png"]
-        assert run("caption", ".", *more, *options, 5, "--workers", 1) == 1
+        assert run("caption", ".", *more, *options, 5, "--workers", 1, "--allow-host", "127.0.0.1") == 1
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == "" and len(lines) == 6
@@ -259,10 +269,79 @@ def test_captions_go_on_after_an_interruption_and_past_broken_images(tmp_path, m
     records = [json.loads(line) for line in content.decode().splitlines()]
     images = {f"./{number:02}-{name}": name for number in range(6) for name in sorted(CAPTIONS)}
     images[f"{url}/dog.png"] = "dog.png"
-    assert records == [
-        {"image": image, "prompt": "Describe this image.", "model": "minimind-v-emoji", "caption": CAPTIONS[name][0]}
-        for image, name in images.items()
+    common = ("Describe this image.", "minimind-v-emoji", "greedy")
+    expected = [(image, *common, CAPTIONS[name][0]) for image, name in images.items()]
+    assert records == [dict(zip(FIELDS, values, strict=True)) for values in expected]
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+# argv = a file of captions, lines. Writes into a part of it until it is killed.
+PART_WRITER = """
+import sys, time
+from pathlib import Path
+from minimind_v.common import locked
+part = Path(sys.argv[1] + ".part-1")
+with locked(part):
+    part.write_text(sys.argv[2])
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_parts_of_a_living_run_are_not_touched(tmp_path):
+    output, image = tmp_path / "captions.jsonl", str(IMAGES / "dog.png")
+    record = dict(zip(FIELDS, (image, "What?", "minimind-v-emoji", "greedy", "A hot dog."), strict=True))
+    line = json.dumps(record) + "\n"
+    with subprocess.Popen([sys.executable, "-c", PART_WRITER, output, line], **OPTIONS) as process:
+        assert process.stdout.readline() == "begun\n", process.stderr.read()
+        with pytest.raises(BlockingIOError, match=rf"part-1 is being written by process {process.pid} on .* since 20"):
+            caption_images([image], "What?", output, options={"greedy": True})
+        assert (tmp_path / "captions.jsonl.part-1").read_text() == line and not output.exists()
+        process.kill()
+    caption_images([image], "What?", output, options={"greedy": True})  # what the killed process wrote is not lost
+    assert output.read_text() == line and list(tmp_path.iterdir()) == [output]
+
+
+def test_captions_of_other_options_are_made_again(tmp_path, capsys):
+    output, images = tmp_path / "captions.jsonl", [str(IMAGES / name) for name in ("dog.png", "cat.png")]
+    command = ["caption", *images, "--output", output]
+    assert run(*command) == 0
+    of_earlier_versions = [
+        {name: value for name, value in record.items() if name != "options"} for record in read_records(output)
     ]
+    write_jsonl(output, of_earlier_versions)
+    with output.open("a") as file:
+        file.write("\n")
+    said = (
+        f"{len(images)} captions in {output} were made with other options, or do not say with which: they stay there."
+    )
+    for options, name in (([], "greedy"), (["--max-new-tokens", "1"], "greedy, max_new_tokens=1")):
+        before = read_records(output)
+        capsys.readouterr()
+        assert run(*command, *options) == 0
+        assert capsys.readouterr().err.splitlines()[0] == said.replace("2", str(len(before)), 1)
+        assert read_records(output)[: len(before)] == before
+        assert [(r["image"], r["options"]) for r in read_records(output)[len(before) :]] == [(i, name) for i in images]
+    for options in (["--greedy"], ["--max-new-tokens", "1", "--device", "cpu"]):
+        assert run(*command, *options) == 0
+        assert capsys.readouterr().err.splitlines() == [f"2 of 2 pictures are in {output} already."]
+
+
+def test_one_image_of_a_batch_is_open_at_a_time(monkeypatch, tmp_path):
+    opened, most = set(), 0
+    convert = Image.Image.convert
+
+    def count(image, *arguments, **options):
+        nonlocal most
+        result = convert(image, *arguments, **options)
+        weakref.finalize(result, opened.discard, id(result))
+        opened.add(id(result))
+        most = max(most, len(opened))
+        return result
+
+    monkeypatch.setattr(Image.Image, "convert", count)
+    caption_images(find_images([str(IMAGES)]), "What?", tmp_path / "captions.jsonl", 14, options={"greedy": True})
+    assert 0 < most < 5
 
 
 def test_two_processes_give_the_captions_of_one(tmp_path):
@@ -284,6 +363,23 @@ def test_two_processes_give_the_captions_of_one(tmp_path):
     assert f"2 of {len(CAPTIONS)} pictures are in" in result.stderr and result.stderr.count("parameters") == 1
     assert (tmp_path / "two.jsonl").read_bytes() == b"".join(lines)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.jsonl", "two.jsonl"]
+
+
+def test_limits_for_images_of_strangers(capsys):
+    dog = IMAGES / "dog.png"
+    with served(IMAGES) as url:
+        host, address = "127.0.0.1", f"{url}/dog.png"
+        for options, count in ((["--allow-host", host], 1), (["--no-urls"], 0), (["--allow-host", "example.org"], 0)):
+            assert run("caption", address, *options) == 1 - count
+            out, err = capsys.readouterr()
+            assert len(out.splitlines()) == count and (count or f"error: image ({address}) " in err)
+            compared = str(run("compare", dog, address, *options))
+            assert compared == "0" if count else address in compared
+            capsys.readouterr()
+    assert run("caption", dog, "--max-image-pixels", 100) == 1
+    assert f"error: image ({dog}) " in capsys.readouterr().err
+    assert str(dog) in run("chat", "--image", dog, "--max-image-pixels", 100)
+    assert str(dog) in run("compare", dog, dog, "--max-image-pixels", 100)
 
 
 # --- Whole commands --------------------------------------------------------------------------------------------------
@@ -321,6 +417,47 @@ def test_other_commands_run_their_tools(arguments, printed, status, tmp_path, mo
     write_jsonl(tmp_path / "rows.jsonl", [caption_row("missing.png")])
     monkeypatch.chdir(tmp_path)
     assert str(run(*arguments.split())).startswith(status) and printed in capsys.readouterr().out
+
+
+def test_hints_of_chat(monkeypatch, capsys):
+    apple, pizza = (str(IMAGES / f"{name}.png") for name in ("apple", "pizza"))
+    lines = [
+        "What is this?",
+        "And now?",
+        f"/image {pizza}",
+        "/reset",
+        f"/image {pizza}",
+        "这是什么？",
+        f"/image {apple}",
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    assert run("chat", "--greedy") == 0
+    out, err = capsys.readouterr()
+    assert err.count("No picture was given: the model answers from the words alone. /image PATH adds one.") == 1
+    assert err.count("Images for the next question: 1.") == 3
+    # After the first picture of a conversation, and after /reset, there is no earlier one.
+    assert err.count("/reset, then /image again.") == 1 and err.rstrip().endswith("/reset, then /image again.")
+    assert CAPTIONS["pizza.png"][1] in out
+
+
+@pytest.mark.parametrize("command", ["caption {image} --model {folder}", "upload {folder} user/repo --dry-run"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_custom_code_is_neither_run_nor_asked_for(file, command, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "foreign")
+    auto_map = {"AutoConfig": "foreign.Config", "AutoTokenizer": ["foreign.Tokenizer", None]}
+    changes = {"auto_map": auto_map} | ({"model_type": "foreign"} if file == "config.json" else {})
+    changes |= {"tokenizer_class": "Foreign"} if file != "config.json" else {}
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    (folder / "foreign.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    status = run(*command.format(image=IMAGES / "dog.png", folder=folder).split())
+    assert "it ran" not in str(status) and "trust_remote_code" not in "".join([str(status), *capsys.readouterr()])
+    says = (
+        "says 'foreign'|is a foreign model"
+        if file == "config.json"
+        else "needs code of its own, which is not run here"
+    )
+    assert re.match(rf"error: .*({says})", status) and "\n" not in status
 
 
 @pytest.mark.skipif(not shutil.which("tmux"), reason="needs a terminal: install tmux")

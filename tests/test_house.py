@@ -9,14 +9,9 @@ from conftest import CHECKPOINT, REPOSITORY
 
 # Each may import what stands on an earlier line, and its own folder.
 LAYERS = [
-    [
-        "configuration_minimind_v",
-        "image_loading_minimind_v",
-        "processing_minimind_v",
-        "modeling_minimind_v",
-        "__init__",
-    ],
+    sorted(path.stem for path in REPOSITORY.glob("*_minimind_v.py")),
     ["common"],
+    ["__init__"],
     ["conversion"],
     ["export"],
     ["inference", "publishing", "training"],

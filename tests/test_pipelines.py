@@ -1,9 +1,12 @@
 """Pipelines with the package imported: no trust_remote_code, nothing printed."""
 
 import os
+import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from conftest import make_model, picture, user
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
@@ -84,6 +87,61 @@ def test_prompts_of_different_length_and_generation_options(captioner):
     pictures = [picture(seed) for seed in range(3)]
     options = {"generate_kwargs": {"num_return_sequences": 2, "num_beams": 2}}
     assert captioner(pictures, batch_size=3, **options) == [captioner(image, **options) for image in pictures]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"promt": "What?"}, "There is no option 'promt'; did you mean 'prompt'?"),
+        ({"max_tokens": 3}, "There is no option 'max_tokens'; did you mean 'max_new_tokens'?"),
+        ({"foo": 3}, "There is no option 'foo'."),
+        ({"prompt": ["What?", "Where?"]}, "prompt must be one string, for all images; got list"),
+        ({"max_new_tokens": 3, "generate_kwargs": {"max_new_tokens": 4}}, "['max_new_tokens'] are given twice"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options, message, captioner, folder):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        captioner(picture(1), **options)
+    if "generate_kwargs" not in options:  # which pipeline() itself takes
+        with pytest.raises(ValueError, match=re.escape(message)):
+            pipeline("image-to-text", model=str(folder), **options)
+
+
+def test_options_of_generate_reach_it(captioner, folder):
+    image = picture(1)
+    assert captioner(image, num_beams=2, num_return_sequences=2) == captioner(
+        image, generate_kwargs={"num_beams": 2, "num_return_sequences": 2}
+    )
+    default = pipeline("image-to-text", model=str(folder), prompt="What?", max_new_tokens=7)
+    assert default(image) == captioner(image, prompt="What?", max_new_tokens=7) != captioner(image, max_new_tokens=7)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(value, captioner):
+    with torch.no_grad():
+        captioner.model.lm_head.weight[5] = value
+    for options in ({}, {"num_beams": 2}, {"do_sample": True, "top_k": 5}):
+        with pytest.raises(ValueError, match="logits are not finite"):
+            captioner(picture(1), **options)
+
+
+def test_threads_get_the_answers_of_one(captioner):
+    """A fast tokenizer keeps how to pad in itself, for all threads."""
+    prompts = ["?", "What is this? " * 12, "Describe this image.", "Where? " * 5]
+    images = [picture(seed) for seed in range(4)]
+    expected = {prompt: captioner(images, prompt=prompt, batch_size=2, max_new_tokens=3) for prompt in prompts}
+    chats = [[user(images[0], prompt)] for prompt in prompts]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": {"padding": True}}
+    padded = captioner.processor.apply_chat_template(chats, **options)["input_ids"]
+
+    def work(number):
+        prompt = prompts[number % 4]
+        same = captioner(images, prompt=prompt, batch_size=2, max_new_tokens=3) == expected[prompt]
+        rows = (captioner.processor.apply_chat_template(chats, **options)["input_ids"] for _ in range(20))
+        return same and all(torch.equal(row, padded) for row in rows)
+
+    with ThreadPoolExecutor(16) as threads:
+        assert all(threads.map(work, range(64)))
 
 
 def test_image_to_text_names_a_broken_picture(captioner, tmp_path):

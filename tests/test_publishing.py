@@ -18,7 +18,7 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from original import GOLDEN
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from minimind_v import (
     MiniMindForCausalLM,
@@ -230,15 +230,21 @@ def test_changed_after_verification(published, tmp_path, monkeypatch):
         publishing.upload(folder, REPO, report=report)
 
 
+def set_metadata(folder, metadata):
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata)
+
+
 def test_failing_checkpoint_is_not_uploaded(make_processor, tmp_path, monkeypatch, capsys):
-    model, processor = make_model(), make_processor()
-    model.lm_head.weight.data[0, 0] = float("nan")
-    model.save_pretrained(tmp_path / "broken")
-    processor.save_pretrained(tmp_path / "broken")
+    make_model().save_pretrained(tmp_path / "broken")
+    make_processor().save_pretrained(tmp_path / "broken")
+    set_metadata(tmp_path / "broken", {"format": "pt", "trained_with": "token=hf_" + "a" * 34})
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
     assert not publishing.publish(tmp_path / "broken", "alice/broken")
     printed = capsys.readouterr()
-    assert re.search(r"FAIL  weights .*holds NaN", printed.out) and "auto classes" not in printed.out
+    assert (
+        re.search(r"FAIL  privacy +model.safetensors holds an access token", printed.out)
+        and "auto classes" not in printed.out
+    )
     assert "Nothing was uploaded, because the folder does not pass" in printed.err
     assert (tmp_path / "broken-hub").is_dir()
 
@@ -290,7 +296,7 @@ def bad_card(folder):
         (text_only, ValueError, "it says 'minimind'"),
         (no_weights, FileNotFoundError, "has no model.safetensors"),
         (cut_weights, ValueError, "cannot be loaded"),
-        (missing_weights, ValueError, r"do not fit.*language_model\.norm\.weight"),
+        (missing_weights, ValueError, r"missing: model\.language_model\.norm\.weight"),
         (bad_json, ValueError, "not a JSON file"),
         (bad_card, ValueError, "The metadata of .*README.md cannot be read"),
         (shutil.rmtree, FileNotFoundError, "is no folder"),
@@ -348,6 +354,15 @@ def test_full_disk(checkpoint, tmp_path):
         ("code", "modeling_minimind_v.py", b"def f():\n    import torchvision.ops\n", "imports torchvision"),
         ("privacy", "tokenizer_config.json", b'{"token": "hf_' + b"a" * 34 + b'"}', "holds an access token"),
         ("privacy", "config.json", json.dumps({"_name_or_path": str(CHECKPOINT)}).encode(), "a path of this machine"),
+        (
+            "privacy",
+            "tokenizer.json",
+            b'{"model": {}, "note": "in \\/etc\\/hosts, as said"}',
+            "names /etc/hosts, a path",
+        ),
+        ("privacy", "tokenizer.json", b'{"model": {"vocab": {"/etc": 1}, "merges": ["/etc /hosts"]}}', None),
+        ("weights", "model.safetensors", save({"zeros": torch.zeros(2, 2)}), "zeros holds only zeros"),
+        ("weights", "model.safetensors", save({"nan": torch.tensor([float("nan")])}), "nan holds NaN or infinity"),
         ("card", "README.md", b"---\nlicense: mit\n---\n", "does not say library_name"),
         ("versions", "config.json", b'{"transformers_version": "4.57.0"}', "transformers 4.57.0 is not >="),
     ],
@@ -363,6 +378,21 @@ def test_checks_of_files(check, file, content, message, published, tmp_path):
     result = checks.run_check(check, lambda: function(folder))
     assert result.ok is (message is None)
     assert message is None or re.search(message, result.detail), result
+
+
+@pytest.mark.parametrize("path", [str(CHECKPOINT), os.path.expanduser("~/gone/checkpoint-7")])
+def test_paths_in_the_metadata_of_weights(path, published, tmp_path):
+    folder = shutil.copytree(published[1], tmp_path / "folder")
+    set_metadata(folder, {"format": "pt", "run": json.dumps({"resumed_from": path, "steps": 7})})
+    with pytest.raises(ValueError, match=rf"model\.safetensors names {path}, a path of this machine"):
+        checks.check_privacy(folder)
+
+
+def test_code_of_the_checkpoint_is_never_run(checkpoint, tmp_path, capsys):
+    for name in checks.CODE:
+        (checkpoint / name).write_text(f"open({str(tmp_path / 'it ran')!r}, 'w')\nraise SystemExit('run')\n")
+    assert publishing.publish(checkpoint, REPO, dry_run=True, output=tmp_path / "output")
+    assert "ok    same as source" in capsys.readouterr().out and not (tmp_path / "it ran").exists()
 
 
 def test_checks_of_the_model(published, checkpoint, tmp_path, monkeypatch):

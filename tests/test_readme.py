@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CHECKPOINT, REPOSITORY
+from conftest import CHECKPOINT, CODE, REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PICTURES = sorted((REPOSITORY / "examples" / "images").glob("*.png"))
@@ -72,8 +72,7 @@ def test_fine_tuning_of_the_readme(tmp_path):
 
 
 def test_checkpoint_carries_the_present_code():
-    for name in ("configuration", "image_loading", "modeling", "processing"):
-        file = f"{name}_minimind_v.py"
+    for file in CODE:
         assert (CHECKPOINT / file).read_bytes() == (REPOSITORY / file).read_bytes(), f"copy {file} to {CHECKPOINT}"
 
 

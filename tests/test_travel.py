@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import make_model, make_text_config, picture, user
+from conftest import CODE, make_model, make_text_config, picture, user
 from packaging.version import Version
 from transformers import Trainer, TrainingArguments, pipeline
 
@@ -59,10 +59,7 @@ COMPLETE = {
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
-    "configuration_minimind_v.py",
-    "image_loading_minimind_v.py",
-    "modeling_minimind_v.py",
-    "processing_minimind_v.py",
+    *CODE,
 }
 
 

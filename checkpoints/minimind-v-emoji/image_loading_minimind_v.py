@@ -5,6 +5,9 @@ with what comes from strangers: limits of pixels, memory and downloads, and one 
 """
 
 import base64
+import contextlib
+import ctypes
+import functools
 import io
 import math
 import os
@@ -133,8 +136,16 @@ def _open(file: Any) -> Image.Image:
         factory, accepts = Image.OPEN.get(name, (None, None))
         if factory is not None and accepts is not None and accepts(start[:16].ljust(16)) is True:
             file.seek(0)
+            _silence_libtiff()
             return factory(file, "")
     raise ValueError(_what_else(start))
+
+
+@functools.cache
+def _silence_libtiff() -> None:
+    """libtiff also writes to stderr what PIL raises."""
+    with contextlib.suppress(OSError, AttributeError):  # AttributeError: Windows
+        ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 
 def _what_else(start: bytes) -> str:

@@ -162,9 +162,10 @@ class MiniMindVProcessor(ProcessorMixin):
             ValueError: As [`check_chat`]: what a user types must not become a turn or an image.
         """
         is_sanitized = kwargs.get("sanitize_control_tokens", False) and TRANSFORMERS_VERSION >= (5, 23)
-        chats = [getattr(chat, "messages", chat) for chat in conversation]
-        is_batched = len(chats) > 0 and not isinstance(chats[0], dict)
-        chats = [self.check_chat(chat, is_sanitized) for chat in (chats if is_batched else [chats])]
+        first = conversation[0] if isinstance(conversation, (list, tuple)) and conversation else None
+        is_batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
+        chats = [getattr(chat, "messages", chat) for chat in (conversation if is_batched else [conversation])]
+        chats = [self.check_chat(chat, is_sanitized) for chat in chats]
         try:
             check_texts([kwargs.get("tools"), kwargs.get("documents")], self.control_tokens)
         except ValueError as error:
