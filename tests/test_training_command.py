@@ -226,7 +226,7 @@ def test_broken_rows_that_training_meets_are_left_out_and_counted(workers, packi
     assert json.loads((tmp_path / "out" / "all_results.json").read_text())["rows_left_out"] == 3
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
     options["on_broken"] = "error"
-    with pytest.raises(ValueError, match="^Row 3: Expecting property name"):
+    with pytest.raises(ValueError, match=r"^Row 3: Expecting property name"):
         train(arguments(tmp_path, CHECKPOINT, folder / "rows.jsonl", **options, overwrite=True))
 
 
