@@ -151,6 +151,7 @@ def run(trainer: MiniMindVTrainer) -> dict[str, float]:
         Metrics of the training.
 
     Raises:
+        ValueError: A broken row, unless `on_broken` is `"skip"`.
         SystemExit: Stopped by a signal, after a checkpoint was saved.
     """
     arguments = trainer.args
@@ -164,7 +165,13 @@ def run(trainer: MiniMindVTrainer) -> dict[str, float]:
         )
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    except ValueError as error:
+        if "in DataLoader worker process" not in str(error):
+            raise
+        # The worker's traceback as text; what was wrong stands in the end
+        raise ValueError(str(error).rpartition("\nValueError: ")[2].strip()) from error
     if stop.received is not None:
         trainer.accelerator.wait_for_everyone()  # the launcher ends all when one exits, and process 0 may still save
         raise SystemExit(
