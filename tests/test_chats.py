@@ -1,11 +1,13 @@
 """Texts from strangers: no string of a chat becomes a turn or an image, and wrong types are named."""
 
 import re
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import CHECKPOINT, picture, user
+from conftest import CHECKPOINT, REPOSITORY, picture, user
 from jinja2 import TemplateError
 from transformers import AutoProcessor, AutoTokenizer
 
@@ -167,6 +169,14 @@ def test_openai_parts_are_images(guarded, encode, tmp_path):
         encode(guarded, user(picture(), "What is this?")),
     )
     assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+def test_fuzzing_finds_nothing():
+    """A short run; the head of the file has the figures of a long one."""
+    command = [sys.executable, "tests/fuzz.py", "--pictures", "1200", "--chats", "200"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "1200 pictures of 12 formats: loaded " in result.stdout and "chats: encoded " in result.stdout
 
 
 def test_guards_know_the_control_tokens():

@@ -12,6 +12,7 @@ from torch.utils.data import Subset, random_split
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
+from ..common import load_model
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from ..processing_minimind_v import MiniMindVProcessor
 from .arguments import TrainArguments, TrainParser
@@ -61,7 +62,7 @@ def train(arguments: TrainArguments) -> MiniMindVTrainer:
     """
     check_output_folder(arguments)
     transformers.set_seed(arguments.seed)
-    model: Any = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="float32")
+    model: Any = load_model(arguments.model, dtype="float32", trust_remote_code=False)
     processor = load_processor(arguments.model, arguments.max_image_pixels, arguments.allowed_hosts)
     freeze(model, arguments.stage, arguments.freeze_llm)
 
