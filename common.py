@@ -30,30 +30,31 @@ def locked(output: Path) -> Iterator[None]:
     """Keeps every other process from writing `output` until the block ends, or this process does, also when killed.
 
     Args:
-        output: File or folder in an existing folder. The lock is a hidden file beside it.
+        output: File or folder in an existing folder. The lock is hidden files beside it.
 
     Raises:
         BlockingIOError: Another process writes it; the message says which one, where and since when.
     """
     path = Path(os.path.realpath(output))
-    path = path.with_name(f".{path.name}.lock")
+    # Who holds it stands in a file of its own, because some versions of filelock empty the one that they wait for.
+    path, holder = (path.with_name(f".{path.name}.{ending}") for ending in ("lock", "holder"))
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        holder = ""
-        with contextlib.suppress(OSError):  # Windows lets nobody read it
-            holder = path.read_text(encoding="utf-8")
+        who = ""
+        with contextlib.suppress(OSError):  # it may be ending
+            who = holder.read_text(encoding="utf-8")
         advice = "Wait until it has ended, or choose another name."
-        raise BlockingIOError(f"{output} is being written by {holder or 'another process'}. {advice}") from None
+        raise BlockingIOError(f"{output} is being written by {who or 'another process'}. {advice}") from None
     try:
-        with contextlib.suppress(OSError):
-            started = datetime.now().isoformat(" ", "seconds")
-            path.write_text(f"process {os.getpid()} on {platform.node()} since {started}", encoding="utf-8")
+        started = datetime.now().isoformat(" ", "seconds")
+        holder.write_text(f"process {os.getpid()} on {platform.node()} since {started}", encoding="utf-8")
         yield
     finally:
-        with contextlib.suppress(OSError):
-            path.unlink()  # while it is held, so that it is nobody else's
+        for file in (holder, path):  # while it is held, so that they are nobody else's
+            with contextlib.suppress(OSError):  # Windows deletes no open file
+                file.unlink()
         lock.release()
 
 
@@ -253,13 +254,17 @@ def quiet_library() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read_model_type(source: str | Path) -> str | None:
+def read_model_type(source: str | Path) -> str:
     """What the configuration of a checkpoint folder or Hub repository calls the model. No code of it is run.
 
     Raises:
+        ValueError: It has no configuration that says so.
         OSError: There is no such checkpoint.
     """
-    return PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    kind = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    if kind is None:
+        raise ValueError(f"{source} has no config.json with a model_type. Name a checkpoint of transformers' form.")
+    return kind
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
