@@ -18,30 +18,31 @@ def locked(output: Path) -> Iterator[None]:
     """Keeps every other process from writing `output` until the block ends, or this process does, also when killed.
 
     Args:
-        output: File or folder in an existing folder. The lock is a hidden file beside it.
+        output: File or folder in an existing folder. The lock is hidden files beside it.
 
     Raises:
         BlockingIOError: Another process writes it; the message says which one, where and since when.
     """
     path = Path(os.path.realpath(output))
-    path = path.with_name(f".{path.name}.lock")
+    # Who holds it stands in a file of its own, because some versions of filelock empty the one that they wait for.
+    path, holder = (path.with_name(f".{path.name}.{ending}") for ending in ("lock", "holder"))
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        holder = ""
-        with contextlib.suppress(OSError):  # Windows lets nobody read it
-            holder = path.read_text(encoding="utf-8")
+        who = ""
+        with contextlib.suppress(OSError):  # it may be ending
+            who = holder.read_text(encoding="utf-8")
         advice = "Wait until it has ended, or choose another name."
-        raise BlockingIOError(f"{output} is being written by {holder or 'another process'}. {advice}") from None
+        raise BlockingIOError(f"{output} is being written by {who or 'another process'}. {advice}") from None
     try:
-        with contextlib.suppress(OSError):
-            started = datetime.now().isoformat(" ", "seconds")
-            path.write_text(f"process {os.getpid()} on {platform.node()} since {started}", encoding="utf-8")
+        started = datetime.now().isoformat(" ", "seconds")
+        holder.write_text(f"process {os.getpid()} on {platform.node()} since {started}", encoding="utf-8")
         yield
     finally:
-        with contextlib.suppress(OSError):
-            path.unlink()  # while it is held, so that it is nobody else's
+        for file in (holder, path):  # while it is held, so that they are nobody else's
+            with contextlib.suppress(OSError):  # Windows deletes no open file
+                file.unlink()
         lock.release()
 
 
@@ -141,3 +142,150 @@ def exchange(one: Path, other: Path) -> bool:
     if hasattr(libc, "renamex_np"):  # macOS
         return libc.renamex_np(*paths, swap) == 0
     return False
+<<<<<<< ours
+=======
+
+
+# --- Models ----------------------------------------------------------------------------------------------------------
+
+
+class WeightsError(Exception):
+    """The weights of a checkpoint are not whole. (No ValueError: `pipeline` would try another class after it.)"""
+
+
+class CheckedModel:
+    """What `pipeline("image-to-text")` loads models with, in the place of `AutoModelForImageTextToText`."""
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> PreTrainedModel:
+        """[`load_model`]."""
+        return load_model(source, **options)
+
+
+def load_model(
+    source: str | Path, model_class: Any = AutoModelForImageTextToText, is_part: bool = False, **options: Any
+) -> PreTrainedModel:
+    """A model whose weights are whole: the library's own loading fills gaps with random numbers.
+
+    Args:
+        source: Checkpoint folder or Hub repository.
+        model_class: A class of the library or this package; left out, that of vision-language models.
+        is_part: The model is a part of what the checkpoint holds.
+        options: For its `from_pretrained`.
+
+    Raises:
+        WeightsError: Tensors are missing, unknown, of the wrong shape, or hold NaN, infinity or only zeros; the
+            message lists them.
+        OSError: There is no such checkpoint.
+    """
+    with quiet_library():
+        loaded: Any = model_class.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    model, found = loaded
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not parameter.is_meta and parameter.element_size() > 1  # neither offloaded nor quantized
+    }
+    check_tensors(
+        source,
+        {
+            "missing": found["missing_keys"],
+            "unknown": [] if is_part else found["unexpected_keys"],
+            "of the wrong shape": [
+                f"{name} {tuple(a)} instead of {tuple(b)}" for name, a, b in found["mismatched_keys"]
+            ],
+            "with NaN or infinity": [name for name, tensor in parameters.items() if not tensor.isfinite().all()],
+            "all zeros": [name for name, tensor in parameters.items() if tensor.ndim > 1 and not tensor.any()],
+        },
+    )
+    return model
+
+
+def load_processor(source: str | Path) -> ProcessorMixin:
+    """The processor of a checkpoint folder or Hub repository, from classes of the library and this package only.
+
+    Raises:
+        ValueError: It needs code of its own.
+        OSError: There is none.
+    """
+    try:
+        return AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        message = f"The processor or tokenizer of {source} needs code of its own, which is not run here."
+        raise ValueError(f"{message} Save it again with the classes of this package.") from error
+
+
+def check_tensors(source: str | Path, problems: dict[str, Iterable[str]]) -> None:
+    """Raises a WeightsError that lists the names of tensors by what is wrong with them, unless there are none."""
+    listed = [f"{kind}: {shorten(sorted(names))}" for kind, names in problems.items() if names]
+    if listed:
+        raise WeightsError(f"The weights of {source} are broken. Tensors {'; '.join(listed)}. Save or fetch it again.")
+
+
+def shorten(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+@contextlib.contextmanager
+def quiet_library() -> Iterator[None]:
+    """No progress bars for seconds, and no warnings of what is checked anyway."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def read_model_type(source: str | Path) -> str:
+    """What the configuration of a checkpoint folder or Hub repository calls the model. No code of it is run.
+
+    Raises:
+        ValueError: It has no configuration that says so.
+        OSError: There is no such checkpoint.
+    """
+    kind = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    if kind is None:
+        raise ValueError(f"{source} has no config.json with a model_type. Name a checkpoint of transformers' form.")
+    return kind
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Number of parameters of each part: "tower", "projector", "decoder", and with experts "active".
+
+    "active" is the decoder without the experts that a token skips.
+    """
+    parts: dict[str, int] = {}
+    inactive, text = 0, model.config.get_text_config()
+    for name, parameter in model.named_parameters():
+        part = next((part for part in ("tower", "projector") if f"{part}." in name), "decoder")
+        parts[part] = parts.get(part, 0) + parameter.numel()
+        if ".mlp.experts." in name:
+            inactive += parameter.numel() * (text.num_experts - text.num_experts_per_tok) // text.num_experts
+    if inactive:
+        parts["active"] = parts["decoder"] - inactive
+    return parts
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: str | Path) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not JSON; the message names it.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+>>>>>>> theirs

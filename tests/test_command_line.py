@@ -125,6 +125,11 @@ def test_mistyped_commands_get_one_line(arguments, message, capsys):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
+        (
+            ["caption", "x.png", "--model", "."],
+            ValueError,
+            r"\. has no config\.json with a model_type\. Name a checkpoint",
+        ),
         (["caption", "."], FileNotFoundError, "No pictures were found for .* Name files, folders, patterns or"),
         (["train", "--model", str(CHECKPOINT), "--data", "."], FileNotFoundError, ".*metadata.jsonl does not exist"),
     ],
