@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 
 import PIL
 import pytest
@@ -34,6 +35,7 @@ from transformers import (
 )
 
 from minimind_v import MiniMindForCausalLM, MiniMindVConfig, MiniMindVForConditionalGeneration
+from minimind_v.common import WeightsError
 from minimind_v.conversion import RELEASES, convert_checkpoint
 from minimind_v.conversion.configurations import read_arguments, text_config
 from minimind_v.conversion.convert import fill_model, vision_language_config
@@ -515,6 +517,21 @@ def test_all_arguments_of_the_original_are_known(case):
     assert read_arguments(arguments) == arguments
     if (file := GOLDEN / f"{case}_hf" / "config.json").exists():  # in the original's transformers form
         assert read_arguments(file).items() >= {"use_moe": False}.items()
+
+
+def test_tower_that_is_not_whole_is_refused(tmp_path):
+    """Nor is code of its own asked for."""
+    tower = shutil.copytree(GOLDEN / "g3v_dense" / "vision_encoder", tmp_path / "tower")
+    tensors = load_file(tower / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.fc1.weight"))
+    save_file({key: tensors[key] for key in tensors if key != name}, tower / "model.safetensors", {"format": "pt"})
+    arguments = read_json("g3v_dense/hparams.json")["constructor_args"]
+    options = {"vision_encoder": tower, "original_config": arguments}
+    with pytest.raises(WeightsError, match=r"missing: \S*layers\.1\.mlp\.fc1\.weight\."):
+        convert_checkpoint(GOLDEN / "g3v_dense" / "upstream.pth", tmp_path / "out", **options)
+    (tower / "config.json").write_text('{"model_type": "foreign", "auto_map": {"AutoConfig": "foreign.Config"}}')
+    with pytest.raises(ValueError, match="must be a CLIP or SigLIP model; it is a 'foreign'"):
+        convert_checkpoint(GOLDEN / "g3v_dense" / "upstream.pth", tmp_path / "out", **options)
 
 
 def test_unknown_release_is_refused(tmp_path):
