@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,17 +129,25 @@ def answer_options() -> Parser:
         help="numbers to compute with; auto: float32 on a CPU, elsewhere as saved",
     )
     add("--compile", action="store_true", help="compile the model: a minute of waiting, then faster")
-    add = parser.add_argument_group("pictures of strangers").add_argument
-    add("--max-image-pixels", type=number(int, 1), metavar="N", help="refuse larger pictures")
-    add("--no-urls", action="store_true", help="fetch no picture from the network")
-    add(
-        "--allow-host",
-        action="append",
-        dest="allowed_hosts",
-        metavar="HOST",
-        help="fetch pictures from this host only; may be repeated (default: any public host)",
-    )
+    add_limits(parser)
     return parser
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """The options of all commands that read pictures."""
+    add = parser.add_argument_group("pictures of strangers").add_argument
+    add("--max-image-pixels", type=number(int, 1), metavar="N", help="refuse larger pictures (default: 210 million)")
+    add(
+        "--allowed-hosts",
+        type=host_names,
+        metavar="A,B",
+        help="fetch pictures from these hosts only; '' fetches nothing (default: any public host)",
+    )
+
+
+def host_names(text: str) -> list[str]:
+    """Type of an option: names with commas between, or none."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def settle(options: dict[str, Any], greedy: bool) -> dict[str, Any]:
@@ -155,14 +164,7 @@ def settle(options: dict[str, Any], greedy: bool) -> dict[str, Any]:
     if options.get("greedy") and drawn:
         option = "--" + drawn[0].replace("_", "-")
         raise argparse.ArgumentError(None, f"--greedy draws nothing, so {option} has no effect: leave out one of them")
-    options = {"greedy": greedy and not drawn} | options
-    if options.pop("no_urls", False):
-        if "allowed_hosts" in options:
-            raise argparse.ArgumentError(
-                None, "--no-urls and --allow-host contradict each other: leave out one of them"
-            )
-        options["allowed_hosts"] = []
-    return options
+    return {"greedy": greedy and not drawn} | options
 
 
 # --- caption, chat, compare ------------------------------------------------------------------------------------------
@@ -302,13 +304,7 @@ is 1 then), and which tokens are trained on.""",
         default=0,
         help="processes that read rows (default: %(default)s)",
     )
-    parser.add_argument("--max-image-pixels", type=number(int, 1), metavar="N", help="larger pictures are broken rows")
-    parser.add_argument(
-        "--allowed-hosts",
-        nargs="*",
-        metavar="HOST",
-        help="the only hosts whose picture URLs are fetched (default: any public one)",
-    )
+    add_limits(parser)
 
 
 def check(data: str, model: str | None, **options: Any) -> int:
@@ -354,8 +350,7 @@ below, minimind-v train --help-all lists every one.""",
     own("--check-data", metavar="false", help="do not read every row before the first step")
     own("--on-broken", metavar="skip", help="leave broken rows out, instead of listing them and stopping")
     own("--overwrite", action="store_true", help="delete what the output folder holds, and begin anew")
-    own("--max-image-pixels", metavar="N", help="larger pictures are broken rows")
-    own("--allowed-hosts", metavar="HOST", help="the only hosts whose picture URLs are fetched (default: any public)")
+    add_limits(parser)
     library = parser.add_argument_group("options of transformers' TrainingArguments").add_argument
     library("--output-dir", metavar="DIR", help="folder of checkpoints and the result (default: minimind-v-output)")
     library("--num-train-epochs", metavar="3", help="how often every row is seen")
@@ -509,6 +504,7 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: With status 2 and one line for a mistyped command line, with the line for another error (unless
             `--debug` shows its traceback), and with the status of a command that ends with one.
     """
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken metadata, for each of thousands of pictures
     # Chinese also where the terminal or the pipe is not UTF-8, and file names of any bytes
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")

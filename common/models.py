@@ -1,7 +1,7 @@
 """Models and processors of a checkpoint, if it is whole; numbers of parameters."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ from transformers import (
     AutoProcessor,
     PreTrainedConfig,
     PreTrainedModel,
-    ProcessorMixin,
 )
 from transformers.utils import logging
+
+from ..processing_minimind_v import MiniMindVProcessor
 
 
 class WeightsError(Exception):
@@ -69,20 +70,32 @@ def load_model(
     return model
 
 
-def load_processor(source: str | Path) -> ProcessorMixin:
+def load_processor(
+    source: str | Path, max_image_pixels: int | None = None, allowed_hosts: Sequence[str] | None = None
+) -> MiniMindVProcessor:
     """The processor of a checkpoint folder or Hub repository, from classes of the library and this package only.
+
+    Args:
+        source: Checkpoint folder or Hub repository.
+        max_image_pixels: Larger images are refused; left out, the processor's own limit.
+        allowed_hosts: The only hosts from which images are fetched; empty: none; left out, as the processor's own.
 
     Raises:
         ValueError: It needs code of its own.
         OSError: There is none.
     """
     try:
-        return AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
         message = f"The processor or tokenizer of {source} needs code of its own, which is not run here."
         raise ValueError(f"{message} Save it again with the classes of this package.") from error
+    if max_image_pixels is not None:
+        processor.max_image_pixels = max_image_pixels
+    if allowed_hosts is not None:
+        processor.allowed_hosts = allowed_hosts
+    return processor
 
 
 def check_tensors(source: str | Path, problems: dict[str, Iterable[str]]) -> None:

@@ -147,11 +147,7 @@ class Engine:
         assert state.device is not None  # as it is only before it is set up
         self.device = state.device
         self.model = load_ready(source, self.device, dtype)
-        self.processor: Any = load_processor(source)
-        if max_image_pixels is not None:
-            self.processor.max_image_pixels = max_image_pixels
-        if allowed_hosts is not None:
-            self.processor.allowed_hosts = allowed_hosts
+        self.processor = load_processor(source, max_image_pixels, allowed_hosts)
         self.tokens, self.seconds = 0, 0.0
 
         config = self.model.generation_config

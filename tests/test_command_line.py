@@ -87,8 +87,7 @@ def test_help_tells_the_defaults_of_answers(capsys):
         assert re.search(rf"--{name.replace('_', '-')} \S+ [^-]*\(default: {parameters[name].default}\)", shown)
     assert f"or else {DEFAULT_MAX_NEW_TOKENS})" in shown
     listed = {option.replace("-", "_") for option in re.findall(r" --([\w-]+)", shown.partition("how to answer:")[2])}
-    others = {"sample", "no_thinking", "image", "no_urls", "allow_host"}
-    assert listed - others | {"allowed_hosts"} == parameters.keys()
+    assert listed - {"sample", "no_thinking", "image"} == parameters.keys()
 
 
 def test_help_of_train_lists_options_that_exist(capsys):
@@ -109,7 +108,6 @@ def test_help_of_train_lists_options_that_exist(capsys):
         ("caption x.png --top-k 0", "argument --top-k: 0 is not at least 1."),
         ("caption x.png --top-k 1.5", "argument --top-k: invalid int value: '1.5'."),
         ("compare a b --greedy --top-p 0.5", "--greedy draws nothing, so --top-p has no effect: leave out one of "),
-        ("chat --no-urls --allow-host a.org", "--no-urls and --allow-host contradict each other: leave out one of"),
         ("caption x.png --max-image-pixels 0", "argument --max-image-pixels: 0 is not at least 1."),
         ("chat --model no-folder", "argument --model: no-folder is neither a folder nor USER/REPO of the Hub."),
         ("convert a.pth b --relase x", "(did you mean --release?). See minimind-v convert --help."),
@@ -260,7 +258,7 @@ def test_captions_go_on_after_an_interruption_and_past_broken_images(tmp_path, m
     Path("broken.png").write_text("not an image")
     with served(IMAGES) as url:
         more = ["missing.jpg", f"{url}/dog.png", f"{url}/none.png"]
-        assert run("caption", ".", *more, *options, 5, "--workers", 1, "--allow-host", "127.0.0.1") == 1
+        assert run("caption", ".", *more, *options, 5, "--workers", 1, "--allowed-hosts", "127.0.0.1") == 1
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == "" and len(lines) == 6
@@ -374,7 +372,11 @@ def test_limits_for_images_of_strangers(capsys):
     dog = IMAGES / "dog.png"
     with served(IMAGES) as url:
         host, address = "127.0.0.1", f"{url}/dog.png"
-        for options, count in ((["--allow-host", host], 1), (["--no-urls"], 0), (["--allow-host", "example.org"], 0)):
+        for options, count in (
+            (["--allowed-hosts", host], 1),
+            (["--allowed-hosts", ""], 0),
+            (["--allowed-hosts", "a.org,b.org"], 0),
+        ):
             assert run("caption", address, *options) == 1 - count
             out, err = capsys.readouterr()
             assert len(out.splitlines()) == count and (count or f"error: image ({address}) " in err)

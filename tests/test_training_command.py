@@ -397,13 +397,13 @@ def test_limits_for_pictures_of_strangers(folder, tmp_path):
     rows = [caption_row("0.png"), caption_row("large.png"), caption_row("http://127.0.0.1:9/a.png")]
     Image.new("RGB", (400, 200)).save(folder / "large.png")
     data = write_jsonl(folder / "rows.jsonl", rows)
-    limits = {"max_image_pixels": 70_000, "allowed_hosts": ["example.com"]}
-    broken = check(data, CHECKPOINT, **limits)["broken"]
+    limits = {"max_image_pixels": 70_000, "allowed_hosts": "example.com"}
+    broken = check(data, CHECKPOINT, max_image_pixels=70_000, allowed_hosts=["example.com"])["broken"]
     assert broken.keys() == {1, 2} and "more than 70000 pixels" in broken[1] and "not an allowed one" in broken[2]
     assert check(data, CHECKPOINT)["broken"].keys() == {2}  # a private address
     trainer = train(arguments(tmp_path, CHECKPOINT, data, max_steps=1, on_broken="skip", **limits))
     assert len(trainer.train_dataset) == 1
-    options = ["--max-image-pixels", "70000", "--allowed-hosts", "example.com", "127.0.0.1"]
+    options = ["--max-image-pixels", "70000", "--allowed-hosts", "example.com,127.0.0.1"]
     with pytest.raises(SystemExit) as exit:
         command_line_main(["check", str(data), *options])
     assert exit.value.code == 1

@@ -52,8 +52,12 @@ class TrainArguments(TrainingArguments):
         default=None, metadata={"help": "Default: the original's, 4e-4 for pretrain and 5e-6 for sft; LoRA: 2e-2."}
     )
     max_image_pixels: int | None = field(default=None, metadata={"help": "Larger pictures are broken rows."})
-    allowed_hosts: list[str] | None = field(
-        default=None, metadata={"help": "The only hosts whose picture URLs are fetched. Default: any public one."}
+    allowed_hosts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hosts, with commas between, from which pictures are fetched; '' fetches nothing. Default: any "
+            "public one."
+        },
     )
     output_dir: str = field(default="minimind-v-output", metadata={"help": "Folder for checkpoints and the result."})
     overwrite: bool = field(default=False, metadata={"help": "Delete what the output folder holds, and begin anew."})

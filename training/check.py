@@ -11,9 +11,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import AutoProcessor
 
 from .. import EMBEDDED_MODEL
+from ..common import load_processor
 from ..image_loading_minimind_v import load_image
 from .collator import IGNORE_INDEX, MiniMindVDataCollator
 from .data import MiniMindVDataset, Rows, images_of
@@ -58,16 +58,6 @@ def check(
     if html_file is not None:
         Path(html_file).write_text(render_page(report, dataset, collator), encoding="utf-8")
     return report
-
-
-def load_processor(model: str | Path, max_image_pixels: int | None, allowed_hosts: Sequence[str] | None) -> Any:
-    """The processor of a checkpoint, with limits for images of strangers."""
-    processor = AutoProcessor.from_pretrained(model)
-    if allowed_hosts is not None:
-        processor.allowed_hosts = allowed_hosts
-    if max_image_pixels is not None:
-        processor.max_image_pixels = max_image_pixels
-    return processor
 
 
 def inspect_rows(dataset: Rows, collator: MiniMindVDataCollator, workers: int = 0) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from torch.utils.data import Subset, random_split
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
-from ..common import load_model
+from ..common import load_model, load_processor
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from ..processing_minimind_v import MiniMindVProcessor
 from .arguments import TrainArguments, TrainParser
 from .callbacks import LogShortTraining, SampleAnswers, StopOnSignal
-from .check import describe, inspect_rows, load_processor
+from .check import describe, inspect_rows
 from .collator import MiniMindVDataCollator
 from .data import MiniMindVDataset, Rows
 from .image_features import ImageFeatureCache, pass_features_through
@@ -63,7 +63,8 @@ def train(arguments: TrainArguments) -> MiniMindVTrainer:
     check_output_folder(arguments)
     transformers.set_seed(arguments.seed)
     model: Any = load_model(arguments.model, dtype="float32", trust_remote_code=False)
-    processor = load_processor(arguments.model, arguments.max_image_pixels, arguments.allowed_hosts)
+    hosts = None if arguments.allowed_hosts is None else list(filter(None, arguments.allowed_hosts.split(",")))
+    processor = load_processor(arguments.model, arguments.max_image_pixels, hosts)
     freeze(model, arguments.stage, arguments.freeze_llm)
 
     dataset = MiniMindVDataset(arguments.data, processor.allowed_hosts)
