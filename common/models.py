@@ -123,13 +123,17 @@ def quiet_library() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read_model_type(source: str | Path) -> str | None:
+def read_model_type(source: str | Path) -> str:
     """What the configuration of a checkpoint folder or Hub repository calls the model. No code of it is run.
 
     Raises:
+        ValueError: It has no configuration that says so.
         OSError: There is no such checkpoint.
     """
-    return PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    kind = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    if kind is None:
+        raise ValueError(f"{source} has no config.json with a model_type. Name a checkpoint of transformers' form.")
+    return kind
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
