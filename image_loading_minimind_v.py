@@ -249,11 +249,12 @@ def _tile_to_rgb(image: Image.Image, white: float | None) -> Image.Image:
 # --- Values ----------------------------------------------------------------------------------------------------------
 
 
-def _image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
-    channels_first = isinstance(array, torch.Tensor)
-    if channels_first:
-        array = array.detach().cpu()
-        array = (array.float() if array.is_floating_point() else array).numpy()
+def _image_from_array(source: np.ndarray | torch.Tensor) -> Image.Image:
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu()
+        array, channels_first = (source.float() if source.is_floating_point() else source).numpy(), True
+    else:
+        array, channels_first = source, False
     if array.ndim == 3:
         first, last = (array.shape[axis] in (1, 3, 4) for axis in (0, 2))
         if first and (channels_first or not last):
@@ -268,8 +269,7 @@ def _image_from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
         for top in range(0, len(array), TILE_SIDE):
             output[top : top + TILE_SIDE] = _to_uint8(array[top : top + TILE_SIDE], white)
         array = output
-    # It is one of numpy by now, which `numpy()` and indexing do not tell the type checker
-    return Image.fromarray(np.ascontiguousarray(array))  # pyright: ignore[reportArgumentType]
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _white_of(image: Image.Image) -> float:

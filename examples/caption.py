@@ -1,6 +1,7 @@
 """Captions pictures with the embedded model: python examples/caption.py examples/images"""
 
 import argparse
+import sys
 
 from transformers import pipeline
 
@@ -15,9 +16,14 @@ def main() -> None:
     parser.add_argument("--prompt", default="Describe this image.", help="for example 这是什么？")
     arguments = parser.parse_args()
 
-    captioner = pipeline("image-to-text", model=arguments.model)
+    captioner, broken = pipeline("image-to-text", model=arguments.model), 0
     for image in find_images(arguments.images):
-        print(f"{image}: {captioner(image, prompt=arguments.prompt)[0]['generated_text']}")
+        try:
+            print(f"{image}: {captioner(image, prompt=arguments.prompt)[0]['generated_text']}")
+        except (OSError, ValueError) as error:  # not a picture: the others go on
+            print(f"error: {error}", file=sys.stderr)
+            broken += 1
+    sys.exit(1 if broken else 0)
 
 
 if __name__ == "__main__":

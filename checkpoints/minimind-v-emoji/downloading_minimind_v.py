@@ -72,7 +72,7 @@ async def _find_address(url: Any, allowed_hosts: Sequence[str] | None) -> str:
         raise ValueError("fetching is switched off" if not allowed_hosts else "its host is not an allowed one")
     default = 443 if url.scheme == "https" else 80
     found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port or default, type=1)
-    addresses = [ipaddress.ip_address(entry[4][0].partition("%")[0]) for entry in found]
+    addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
     for address in addresses if allowed_hosts is None else ():
         if not (getattr(address, "ipv4_mapped", None) or address).is_global:
             raise ValueError("its host has a private address; allow it by name (allowed_hosts)")
