@@ -112,8 +112,12 @@ def test_options_of_generate_reach_it(captioner, folder):
     assert captioner(image, num_beams=2, num_return_sequences=2) == captioner(
         image, generate_kwargs={"num_beams": 2, "num_return_sequences": 2}
     )
-    default = pipeline("image-to-text", model=str(folder), prompt="What?", max_new_tokens=7)
-    assert default(image) == captioner(image, prompt="What?", max_new_tokens=7) != captioner(image, max_new_tokens=7)
+    default = pipeline("image-to-text", model=str(folder), prompt="What?")
+    assert (
+        default(image, max_new_tokens=7)
+        == captioner(image, prompt="What?", max_new_tokens=7)
+        != captioner(image, max_new_tokens=7)
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
