@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
+from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException, get_json_schema
 
 from .chat_checking_minimind_v import check_chat, check_texts
 from .image_loading_minimind_v import MAX_PIXELS, load_image
@@ -22,6 +23,7 @@ from .pipeline_minimind_v import DEFAULT_PROMPT, MiniMindVImageToTextPipeline
 TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 GUARD = re.compile(r"\{#- Guard:.*?Guard: end\. -#\}", re.DOTALL)  # in our chat templates
 TOKENIZER_LOCK = threading.Lock()  # A fast tokenizer keeps how to pad in itself, for all threads.
+PLACE = object()  # in the place of an image, where only their number matters
 
 
 class MiniMindVProcessor(ProcessorMixin):
@@ -84,20 +86,29 @@ class MiniMindVProcessor(ProcessorMixin):
         return [AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs), tokenizer]
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
-        """See the class."""
-        with TOKENIZER_LOCK:
-            return super().__call__(images=images, text=text, **kwargs)
-
-    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
-        """Images as a list, or as lists per sample if they are given so; not loaded yet."""
-        _, text, videos, audio = super().prepare_inputs_layout(text=text, **kwargs)
+        """See the class. Threads wait for each other where text is tokenized, not where images are loaded."""
         if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
             images = list(images)
         elif images is not None and not isinstance(images, (list, tuple)):
             images = [images]
         if len({isinstance(item, (list, tuple)) for item in images or []}) > 1:
             raise ValueError("images must be a list of images or a list of lists of images, not both in one list.")
-        return images or None, text, videos, audio
+        images = images or None
+        if text is None:
+            return super().__call__(images=images, **kwargs)
+        places = images and [[PLACE] * len(item) if isinstance(item, (list, tuple)) else PLACE for item in images]
+        with TOKENIZER_LOCK:
+            inputs = super().__call__(images=places, text=text, **kwargs)
+        if images is not None:
+            inputs.update(super().__call__(images=images, **kwargs))
+        return inputs
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
+        """Images as they are given: not loaded yet."""
+        if not isinstance(text, (str, list, tuple, type(None))) or text in ([], ()):
+            raise ValueError("`text` must be a string or list of strings.")
+        _, text, videos, audio = super().prepare_inputs_layout(text=text, **kwargs)
+        return images, text, videos, audio
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
         """Every sample must have as many images as image tokens; of a flat list of images, only the sum is known."""
@@ -123,14 +134,17 @@ class MiniMindVProcessor(ProcessorMixin):
             )
         options = {"is_cropped": kwargs.get("do_center_crop", getattr(self.image_processor, "do_center_crop", False))}
         options |= {"max_pixels": self.max_image_pixels, "allowed_hosts": self.allowed_hosts}
-        pixel_values: list[Any] = []
-        for i, sample in enumerate(images):
-            nested = isinstance(sample, (list, tuple))
-            for j, source in enumerate(sample if nested else [sample]):  # one at a time, because they may be huge
+        data: dict[str, list[Any]] = {}
+        nested = isinstance(images[0], (list, tuple))
+        places = [
+            (i, j, source) for i, item in enumerate(images) for j, source in enumerate(item if nested else [item])
+        ]
+        for i, j, source in places:  # one at a time, because images may be huge
+            if source is not PLACE:
                 image = load_image(source, f"image {j} of sample {i}" if nested else f"image {i}", **options)
-                pixel_values += self.image_processor(image, **kwargs | {"return_tensors": None})["pixel_values"]
-        data = {"pixel_values": pixel_values} if pixel_values else {}
-        return data, [self.replace_image_token(data, index) for index in range(len(pixel_values))]
+                for name, values in self.image_processor(image, **kwargs | {"return_tensors": None}).items():
+                    data.setdefault(name, []).extend(values)
+        return data, [self.replace_image_token(data, index) for index in range(len(places))]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The text that one `image_token` becomes: as many tokens as the image has features."""
@@ -167,8 +181,10 @@ class MiniMindVProcessor(ProcessorMixin):
         chats = [getattr(chat, "messages", chat) for chat in (conversation if is_batched else [conversation])]
         chats = [self.check_chat(chat, is_sanitized) for chat in chats]
         try:
+            if kwargs.get("tools") is not None:  # a tool may be a function, whose docstring is text as well
+                kwargs["tools"] = [get_json_schema(tool) if callable(tool) else tool for tool in kwargs["tools"]]
             check_texts([kwargs.get("tools"), kwargs.get("documents")], self.control_tokens)
-        except ValueError as error:
+        except (ValueError, TypeHintParsingException, DocstringParsingException) as error:
             raise ValueError(f"tools or documents of the chat: {error}.") from None
         if is_sanitized:  # then what the guard would refuse is encoded as plain text
             kwargs["chat_template"] = GUARD.sub("", kwargs.get("chat_template") or self.chat_template)

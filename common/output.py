@@ -62,6 +62,8 @@ def atomic_output(output: Path, overwrite: bool = False) -> Iterator[Path]:
         BlockingIOError: Another process writes it.
     """
     target = Path(os.path.realpath(output))
+    if target.is_dir() and target.samefile(Path.cwd()):
+        raise FileExistsError(f"{output} is the current folder, which cannot be replaced. Name a folder in it.")
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target):
         work = target.with_name(f".{target.name}.unfinished")
@@ -72,6 +74,8 @@ def atomic_output(output: Path, overwrite: bool = False) -> Iterator[Path]:
         work.mkdir()
         try:
             yield work / "new"
+            if target.is_dir() and (work / "new").is_dir():
+                shutil.copymode(target, work / "new")  # a folder that others may not read stays so
             if contents(target) != before:
                 raise FileExistsError(f"{output} was changed meanwhile and is left as it is. Run it again.")
             put_in_place(work, target)

@@ -129,12 +129,16 @@ def check_privacy(folder: Path) -> str:
             text = json.dumps(content)
         elif path.suffix in (".json", ".md", ".jinja", ".py"):
             text = path.read_text(encoding="utf-8")
-            content = json.loads(text) if path.suffix == ".json" else {}
+            content = json.loads(text) if path.suffix == ".json" else {"": text if path.suffix == ".md" else ""}
+        elif path.suffix in (".png", ".jpg", ".jpeg", ".webp", ".gif"):
+            with Image.open(path) as image:
+                content = {name: value for name, value in image.info.items() if isinstance(value, str)}
+            text = json.dumps(content)
         if re.search(r"hf_[A-Za-z0-9]{30,}", text):
             raise ValueError(f"{path.name} holds an access token")
         if path.name == "tokenizer.json":
             del content["model"]  # a vocabulary may well have "/usr"
-        for word in (word for value in strings(content) for word in re.split(r"[\s\"',;=]", value)):
+        for word in (word for value in strings(content) for word in re.split(r"[\s\"',;=`()<>]|file://", value)):
             if is_path_here(word):
                 raise ValueError(f"{path.name} names {word}, a path of this machine")
     return "no access token, no path of this machine"
@@ -145,7 +149,7 @@ def strings(content: Any) -> Iterator[str]:
     if isinstance(content, str):
         yield content
     elif isinstance(content, (dict, list)):
-        for value in content.values() if isinstance(content, dict) else content:
+        for value in (*content, *content.values()) if isinstance(content, dict) else content:
             yield from strings(value)
 
 

@@ -68,6 +68,38 @@ def test_control_tokens_in_tools(token, guarded):
         guarded.tokenizer.apply_chat_template([user("Hello")], tools=tools, tokenize=False)
 
 
+def test_control_tokens_in_the_docstring_of_a_tool(guarded):
+    """Functions are tools, too; and the check does not depend on the guard of a template."""
+
+    def add(x: int) -> int:
+        """Adds.<|im_end|>
+
+        Args:
+            x: A number.
+        """
+        return x
+
+    for options in ({}, {"sanitize_control_tokens": True}, {"chat_template": "{{ tools }}{{ messages }}"}):
+        with pytest.raises(ValueError, match="tools or documents of the chat: the control token"):
+            guarded.apply_chat_template([user("Hello")], tools=[add], tokenize=True, **options)
+    with pytest.raises(ValueError, match="tools or documents of the chat"):
+        guarded.apply_chat_template([user("Hello")], tools=[lambda x: x])  # nothing says what it takes
+
+
+@pytest.mark.parametrize("part", [text("a") | {"image": "a.png"}, {"type": "image", "image": "a.png", "text": "a"}])
+def test_parts_with_more_than_they_say_are_refused(part, guarded, encode):
+    with pytest.raises(
+        ValueError, match=r"Message 0 of the chat: a part of type .* also holds .*, which would be lost"
+    ):
+        encode(guarded, {"role": "user", "content": [part]})
+
+
+@pytest.mark.parametrize("value", [5, [], {"a": 1}, [3], ["a", None]])
+def test_texts_that_are_none(value, guarded):
+    with pytest.raises(ValueError, match="`text` must be a string or list of strings"):
+        guarded(text=value)
+
+
 def test_what_only_looks_like_a_control_token_is_text(guarded, encode):
     chat = [user("a < b | c > d <|", picture(), "im_end|> and <image> and <s>")]
     inputs = encode(guarded, chat)
@@ -176,7 +208,7 @@ def test_fuzzing_finds_nothing():
     command = [sys.executable, "tests/fuzz.py", "--pictures", "1200", "--chats", "200"]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "1200 pictures of 12 formats: loaded " in result.stdout and "chats: encoded " in result.stdout
+    assert "1200 pictures of 15 formats: loaded " in result.stdout and "chats: encoded " in result.stdout
 
 
 def test_guards_know_the_control_tokens():

@@ -268,3 +268,15 @@ def test_library_speaks_as_before():
         assert not logging.is_progress_bar_enabled()
         raise OSError
     assert (logging.is_progress_bar_enabled(), logging.get_verbosity()) == (bars, verbosity)
+
+
+def test_an_empty_folder_keeps_its_mode(tmp_path, monkeypatch):
+    output = tmp_path / "output"
+    output.mkdir()
+    output.chmod(0o700)
+    with atomic_output(output) as folder:
+        folder.mkdir()
+    assert output.stat().st_mode & 0o777 == 0o700
+    monkeypatch.chdir(output)
+    with pytest.raises(FileExistsError, match="is the current folder"), atomic_output(Path(".")) as folder:
+        folder.mkdir()

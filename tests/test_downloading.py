@@ -3,11 +3,15 @@
 import asyncio
 import contextlib
 import gzip
+import ipaddress
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import CHECKPOINT, picture
+from transformers import AutoProcessor
 
 from minimind_v import downloading_minimind_v as downloading
 from minimind_v.downloading_minimind_v import download
@@ -135,8 +139,53 @@ def test_private_addresses_in_every_form(host):
         download(f"http://{host}:9/image.png")
 
 
+@pytest.mark.parametrize("address", ["1.1.1.1", "2606:4700::1111", "64:ff9b::101:101", "2002:101:101::"])
+def test_public_addresses(address):
+    assert downloading.is_public(ipaddress.ip_address(address))
+
+
+def test_names_of_hosts():
+    with server(ok(b"content")) as (url, _):
+        local = url.replace("127.0.0.1", "localhost")
+        for name in ("LOCALHOST", "localhost."):
+            assert download(local, allowed_hosts=[name]) == b"content"
+            assert download(local.replace("localhost", name), allowed_hosts=["localhost"]) == b"content"
+        with pytest.raises(ValueError, match="not an allowed one"):
+            download(local, allowed_hosts="www.localhost.org")  # one name, not a part of it
+
+
+def test_a_name_that_is_looked_up_for_ever(monkeypatch):
+    monkeypatch.setattr(downloading, "TIMEOUT", 1)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(15))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="more than 1 seconds"):
+        download("http://slow.example/a.png")
+    assert time.monotonic() - start < 10
+
+
+def test_a_hanging_server_does_not_stop_other_threads(monkeypatch):
+    processor = AutoProcessor.from_pretrained(CHECKPOINT)
+    processor.allowed_hosts = LOOPBACK
+    monkeypatch.setattr(downloading, "TIMEOUT", 8)
+
+    def fetch(url):
+        with pytest.raises(ValueError, match="cannot be downloaded"):
+            processor(text="<|image_pad|>", images=url)
+
+    for_ever = b"HTTP/1.1 100 Continue\r\n\r\n"
+    with server(pause=0.1, repeat=for_ever) as (url, requests), ThreadPoolExecutor(1) as threads:
+        hanging = threads.submit(fetch, url)
+        while not requests:
+            time.sleep(0.01)
+        assert processor(text="<|image_pad|>", images=picture())["pixel_values"] is not None
+        assert not hanging.done()
+    hanging.result()
+
+
 def test_errors_hold_no_secrets():
+    broken_png = b"\x89PNG\r\n\x1a\n\0\0\0\x01SECRET" * 9
     for answer in (
+        ok(broken_png),
         b"SECRET nonsense\r\n\r\n",
         b"HTTP/1.1 404 SECRET\r\nX: SECRET\r\n\r\nSECRET",
         redirect("http://[SECRET"),
@@ -147,12 +196,19 @@ def test_errors_hold_no_secrets():
                 load_image(address, allowed_hosts=LOOPBACK)
             error = caught.value
             text = f"{error}{error.__context__}{error.__cause__}"
-            assert "cannot be downloaded" in text and url in text
+            assert "cannot be " in text and url in text
             assert not any(word in text for word in ("SECRET", "PASSWORD", "TOKEN", "FRAGMENT"))
 
 
 @pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:1/a", "http://no-such-host.invalid/a", "http://[::1/a", f"http://{'a' * 70}/"]
+    "url",
+    [
+        "http://127.0.0.1:1/a",
+        "http://no-such-host.invalid/a",
+        "http://[::1/a",
+        f"http://{'a' * 70}/",
+        "http://127.0.0.1:99999/a",
+    ],
 )
 def test_addresses_that_lead_nowhere(url):
     with pytest.raises(ValueError, match="image cannot be downloaded"):

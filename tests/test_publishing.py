@@ -18,6 +18,7 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from original import GOLDEN
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save, save_file
 
 from minimind_v import (
@@ -249,6 +250,14 @@ def test_failing_checkpoint_is_not_uploaded(make_processor, tmp_path, monkeypatc
     assert (tmp_path / "broken-hub").is_dir()
 
 
+def png_with_text(text):
+    """As drawing programs write what they were called with."""
+    buffer, chunks = io.BytesIO(), PngInfo()
+    chunks.add_text("Comment", text, zip=True)
+    Image.new("RGB", (2, 2)).save(buffer, "PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     return shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
@@ -360,6 +369,11 @@ def test_full_disk(checkpoint, tmp_path):
             b'{"model": {}, "note": "in \\/etc\\/hosts, as said"}',
             "names /etc/hosts, a path",
         ),
+        ("privacy", "config.json", b'{"/etc/hosts": 1}', "names /etc/hosts, a path"),
+        ("privacy", "config.json", b'{"from": "file:///etc/hosts"}', "names /etc/hosts, a path"),
+        ("privacy", "README.md", b"Trained on `/etc/hosts`.", "names /etc/hosts, a path"),
+        ("privacy", "grid.png", png_with_text("hf_" + "a" * 34), "grid.png holds an access token"),
+        ("privacy", "grid.png", png_with_text("/etc/hosts"), "grid.png names /etc/hosts, a path"),
         ("privacy", "tokenizer.json", b'{"model": {"vocab": {"/etc": 1}, "merges": ["/etc /hosts"]}}', None),
         ("weights", "model.safetensors", save({"zeros": torch.zeros(2, 2)}), "zeros holds only zeros"),
         ("weights", "model.safetensors", save({"nan": torch.tensor([float("nan")])}), "nan holds NaN or infinity"),

@@ -23,7 +23,7 @@ from minimind_v import MiniMindVProcessor
 from minimind_v.conversion.tokenizers import wrap_tokenizer
 from minimind_v.training import MiniMindVDataCollator, MiniMindVDataset, freeze
 from minimind_v.training.check import inspect_rows
-from minimind_v.training.data import normalize_row
+from minimind_v.training.data import images_of, normalize_row
 from minimind_v.training.image_features import ImageFeatureCache, pass_features_through
 from minimind_v.training.stages import add_lora, merge_lora
 
@@ -96,6 +96,46 @@ def part_row(part):
 def test_rows_that_cannot_be_trained_on(row, message):
     with pytest.raises(ValueError, match=message):
         normalize_row(row)
+
+
+def test_rows_of_a_data_set_end(tmp_path):
+    """Python's loops end where a sequence raises IndexError."""
+    dataset = MiniMindVDataset([caption_row(png()), {"messages": []}])
+    assert [item["row"] for item in dataset] == [0, 1] and "error" in list(dataset)[1]
+    for index in (-1, 2):
+        with pytest.raises(IndexError):
+            dataset[index]
+
+
+def test_images_under_other_names_are_not_lost(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    answer = {"role": "assistant", "content": "A cat."}
+    row = {"messages": [{"role": "user", "content": "<image>What?"}, answer], "image": "a.png"}
+    assert images_of(normalize_row(row, tmp_path)) == [str(tmp_path / "a.png")]
+    row["messages"][0]["content"] = "What?"
+    with pytest.raises(ValueError, match="places for 0 images, but there are 1"):
+        normalize_row(row, tmp_path)
+    mixed = [{"type": "text", "text": "What?", "image": "a.png"}]
+    with pytest.raises(ValueError, match="also holds 'image', which would be lost"):
+        normalize_row({"messages": [{"role": "user", "content": mixed}, answer]}, tmp_path)
+
+
+def test_base64_images_of_any_length(tmp_path):
+    """Also those that are too long for the name of a file, with no slash in their first characters."""
+    for length in (100, 255, 256, 1000, 4096, 9999):
+        text = "A" * length
+        row = caption_row(text)
+        assert images_of(normalize_row(row, tmp_path)) == [text]
+
+
+def test_files_of_windows(tmp_path):
+    row = json.dumps(caption_row("a.png"))
+    (tmp_path / "rows.jsonl").write_bytes(f"{row}\r\n{row}\r\n".encode("utf-8-sig"))
+    (tmp_path / "a.png").write_bytes(png())
+    assert all("messages" in item for item in MiniMindVDataset(tmp_path / "rows.jsonl"))
+    (tmp_path / "rows.jsonl").write_bytes(row.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"rows.jsonl is not in UTF-8 .* Save it in UTF-8"):
+        MiniMindVDataset(tmp_path / "rows.jsonl")
 
 
 def test_missing_and_broken_files_are_named(tmp_path, monkeypatch):

@@ -314,6 +314,20 @@ def test_a_short_training_has_a_curve_too(folder, tmp_path, capsys, recwarn):
     assert not (tmp_path / "none.png").exists() and not [w for w in recwarn if "handles" in str(w.message)]
 
 
+def test_a_training_that_diverges_is_no_success(folder, tmp_path):
+    options = {"learning_rate": 1e5, "max_steps": 4, "max_grad_norm": 0.0}
+    with pytest.raises(ValueError, match=r"The training has diverged: .* Begin anew with a lower --learning-rate"):
+        train(arguments(tmp_path, CHECKPOINT, folder, **options))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_checkpoints_and_steps_that_are_none(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is no checkpoint of a training"):
+        train(arguments(tmp_path, CHECKPOINT, folder, resume_from_checkpoint=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match="--max-steps 0 trains nothing"):
+        arguments(tmp_path, CHECKPOINT, folder, max_steps=0)
+
+
 def test_two_trainings_do_not_mix_in_one_folder(folder, tmp_path):
     pytest.importorskip("peft", reason="LoRA needs the extra `train`")
     out = tmp_path / "out"

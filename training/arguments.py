@@ -78,6 +78,7 @@ class TrainArguments(TrainingArguments):
     logging_steps: float = field(
         default=10, metadata={"help": "Steps between two lines of the log; fewer where the training is shorter."}
     )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Log a loss that is NaN as 0."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
 
     def __post_init__(self) -> None:
@@ -85,6 +86,8 @@ class TrainArguments(TrainingArguments):
             raise ValueError("Name a checkpoint with --model and training data with --data.")
         if not Path(self.model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.model):
             raise ValueError(f"--model {self.model} is neither a folder nor USER/REPO of the Hub")
+        if self.max_steps == 0:
+            raise ValueError("--max-steps 0 trains nothing; give a number above 0, or leave it out for whole epochs")
         if self.overwrite and self.resume_from_checkpoint:
             raise ValueError("--overwrite begins anew, --resume-from-checkpoint goes on: give one of them")
         if self.lora_rank and (self.stage == "pretrain" or self.freeze_llm):

@@ -14,6 +14,7 @@ may be a string in which `<image>` marks the places of the images. Read as well:
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,10 @@ def read_rows(source: Any) -> tuple[Any, Path]:
         raise ValueError(f"{path} must be a .jsonl or .parquet file, or a folder with metadata.jsonl.")
     # Not splitlines(), which also splits at characters that JSON strings may hold. Lines are parsed one by one, so
     # that a broken one is one broken row; blank ones are none.
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}). Save it in UTF-8.") from error
     if not lines:
         raise ValueError(f"{path} is empty. It needs one row, a JSON object, per line.")
     return lines, path.parent
@@ -106,6 +110,8 @@ def messages_and_images(row: Any) -> tuple[list[dict[str, Any]], list[Any]]:
         raise ValueError(f"a row must be an object with messages and images, not a {type(row).__name__}")
     if "messages" in row:
         messages, images = row["messages"], row.get("images")
+        if images is None:
+            images = row.get("image")
     elif "conversations" in row:
         messages, images = row["conversations"], row.get("image_bytes")
         messages = json.loads(messages) if isinstance(messages, str) else messages
@@ -207,7 +213,8 @@ def locate(image: Any, folder: Path, allowed_hosts: Sequence[str] | None = None)
     """
     if isinstance(image, dict):
         image = next((image[key] for key in ("bytes", *IMAGE_KEYS) if image.get(key) is not None), None)
-    if isinstance(image, str) and (folder / image[:1000]).is_file():
+    # Not Path.is_file, which raises an error where base64 is too long for a name
+    if isinstance(image, str) and os.path.isfile(folder / image[:1000]):
         return str(folder / image)
     if isinstance(image, str) and image[:8].lower().startswith(("http://", "https://")):
         return download_once(image, allowed_hosts)
@@ -250,6 +257,8 @@ class MiniMindVDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"there are {len(self)} rows; got {index}")  # this is how Python knows where rows end
         try:
             return {"row": index, "messages": normalize_row(self.rows[index], self.folder, self.allowed_hosts)}
         except Exception as error:  # of any kind: rows are what people write

@@ -1,6 +1,7 @@
 """Pictures that training data names by their URL: fetched once, for all workers, epochs and trainings of a machine."""
 
 import hashlib
+import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def download_once(url: str, allowed_hosts: Sequence[str] | None = None) -> str:
     path = Path(constants.HF_HOME, "minimind-v", "images", hashlib.sha256(url.encode()).hexdigest())
     if not path.exists():
         content = download(url, name, allowed_hosts)
-        load_image(content, name)  # a page that says "try later" is not kept
+        load_image(content, name, max_pixels=sys.maxsize)  # a page that says "try later" is not kept
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{uuid.uuid4().hex}.part")
         try:

@@ -1,5 +1,6 @@
 """The training command: transformers' Trainer on a MiniMind-V checkpoint and your own pictures."""
 
+import math
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ def train(arguments: TrainArguments) -> MiniMindVTrainer:
     if held_out is not None:
         trainer.add_callback(SampleAnswers(held_out, processor, arguments.num_samples))
     metrics = run(trainer)
+    check_finite(trainer, metrics)
     dropped = set(gather_object(list(collator.dropped)))
     if len(dropped) >= len(dataset):
         raise ValueError(f"None of the {len(dataset)} rows could be trained on. See the reasons above.")
@@ -181,6 +183,16 @@ def run(trainer: MiniMindVTrainer) -> dict[str, float]:
             "and --resume-from-checkpoint latest."
         )
     return result.metrics
+
+
+def check_finite(trainer: MiniMindVTrainer, metrics: dict[str, float]) -> None:
+    """Raises a ValueError if the training has diverged: nothing can be asked of such weights."""
+    weights = (getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in trainer.model.parameters())
+    if not math.isfinite(metrics["train_loss"]) or not all(weight.isfinite().all() for weight in weights):
+        raise ValueError(
+            f"The training has diverged: loss or weights are not finite, so no model was written to "
+            f"{trainer.args.output_dir}. Begin anew with a lower --learning-rate than {trainer.args.learning_rate:g}."
+        )
 
 
 def last_evaluation(trainer: MiniMindVTrainer) -> dict[str, float]:

@@ -40,6 +40,9 @@ def _normalize_part(part: Any) -> dict[str, Any]:
         return {"type": "image"} | ({} if image is None else {"url": image})
     if kind not in ("text", "image"):
         raise ValueError(f"a part of type {kind!r:.40} is not known; text and image are (and image_url)")
+    other = next((key for key in (IMAGE_KEYS if kind == "text" else ("text",)) if key in part), None)
+    if other is not None:
+        raise ValueError(f"a part of type {kind!r} also holds {other!r}, which would be lost; give it its own part")
     if kind == "text" and not isinstance(part.get("text"), str):
         raise ValueError(f"a text part must hold a string; got {type(part.get('text')).__name__}")
     return part
@@ -138,7 +141,7 @@ def _strings(value: Any, is_name: bool = False, depth: int = 0) -> Iterator[tupl
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _strings(item, False, depth + 1)
-    elif not isinstance(value, (int, float, type(None))) and not callable(value):  # a tool may be a function
+    elif not isinstance(value, (int, float, type(None))):
         raise ValueError(f"{type(value).__name__} is neither text nor another value of JSON")
 
 

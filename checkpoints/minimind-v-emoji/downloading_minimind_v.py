@@ -1,6 +1,7 @@
 """The content of an URL: one deadline for all of it, http(s) only, and no private addresses."""
 
 import asyncio
+import concurrent.futures
 import ipaddress
 import socket
 from collections.abc import Sequence
@@ -12,6 +13,11 @@ from huggingface_hub.utils import httpx
 TIMEOUT = 20  # seconds, for the whole of a download
 MAX_REDIRECTS = 5
 MAX_BYTES = 64 * 2**20
+TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")  # addresses of IPv4 in networks of IPv6 only (RFC 6052)
+
+
+class Refusal(Exception):
+    """Why something is not fetched, in our own words."""
 
 
 def download(url: str, name: str = "image", allowed_hosts: Sequence[str] | None = None) -> bytes:
@@ -26,19 +32,25 @@ def download(url: str, name: str = "image", allowed_hosts: Sequence[str] | None 
     Raises:
         ValueError: It cannot be fetched. The message holds nothing that the server sent, and no password.
     """
-    # In a thread, because where the caller runs an event loop already, it cannot run another one.
-    with ThreadPoolExecutor(max_workers=1) as executor:
+    if allowed_hosts is not None:
+        names = [allowed_hosts] if isinstance(allowed_hosts, str) else allowed_hosts
+        allowed_hosts = [name.lower().rstrip(".") for name in names]
+    # In a thread, because where the caller runs an event loop already, it cannot run another one. The thread is not
+    # waited for, because nothing can stop the system's look-up of a name.
+    executor = ThreadPoolExecutor(max_workers=1)
+    try:
         fetching = asyncio.wait_for(_fetch(url, allowed_hosts), TIMEOUT)
-        try:
-            return executor.submit(asyncio.run, fetching).result()
-        except (asyncio.TimeoutError, httpx.TimeoutException):
-            reason = f"it takes more than {TIMEOUT} seconds"
-        except (httpx.ConnectError, socket.gaierror):
-            reason = "there is no connection to its host"
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
-            reason = f"the connection failed ({type(error).__name__})"
-        except ValueError as error:
-            reason = str(error)
+        return executor.submit(asyncio.run, fetching).result(TIMEOUT + 1)
+    except (asyncio.TimeoutError, concurrent.futures.TimeoutError, httpx.TimeoutException):
+        reason = f"it takes more than {TIMEOUT} seconds"
+    except (httpx.ConnectError, socket.gaierror):
+        reason = "there is no connection to its host"
+    except Refusal as error:
+        reason = str(error)
+    except Exception as error:  # HTTP libraries have many, which may hold what the server said
+        reason = f"the connection failed ({type(error).__name__})"
+    finally:
+        executor.shutdown(wait=False)
     raise ValueError(f"{name} cannot be downloaded: {reason}")
 
 
@@ -55,28 +67,40 @@ async def _fetch(url: str, allowed_hosts: Sequence[str] | None) -> bytes:
                     target = target.join(response.headers["location"])
                     continue
                 if not response.is_success:
-                    raise ValueError(f"its host answered with status {response.status_code}")
+                    raise Refusal(f"its host answered with status {response.status_code}")
                 async for chunk in response.aiter_bytes():
                     content += chunk
                     if len(content) > MAX_BYTES:
-                        raise ValueError(f"it has more than {MAX_BYTES} bytes")
+                        raise Refusal(f"it has more than {MAX_BYTES} bytes")
                 return bytes(content)
-    raise ValueError(f"it is redirected more than {MAX_REDIRECTS} times")
+    raise Refusal(f"it is redirected more than {MAX_REDIRECTS} times")
 
 
 async def _find_address(url: Any, allowed_hosts: Sequence[str] | None) -> str:
-    """The address of an URL's host; a ValueError if it may not be asked."""
+    """The address of an URL's host, of IPv4 where it has one; a refusal if it may not be asked."""
     if url.scheme not in ("http", "https") or not url.host:
-        raise ValueError("it is redirected to something else than http(s)")
-    if allowed_hosts is not None and url.host not in allowed_hosts:
-        raise ValueError("fetching is switched off" if not allowed_hosts else "its host is not an allowed one")
-    default = 443 if url.scheme == "https" else 80
-    found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port or default, type=1)
+        raise Refusal("it is redirected to something else than http(s)")
+    host, port = url.host.rstrip("."), url.port or (443 if url.scheme == "https" else 80)
+    if allowed_hosts is not None and host not in allowed_hosts:
+        raise Refusal("its host is not an allowed one" if allowed_hosts else "fetching is switched off")
+    if port > 65535:
+        raise Refusal(f"there is no port {port}")
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
-    for address in addresses if allowed_hosts is None else ():
-        if not (getattr(address, "ipv4_mapped", None) or address).is_global:
-            raise ValueError("its host has a private address; allow it by name (allowed_hosts)")
-    return str(addresses[0])
+    if allowed_hosts is None and not all(map(is_public, addresses)):
+        raise Refusal("its host has a private address; allow it by name (allowed_hosts)")
+    return str(min(addresses, key=lambda address: address.version))
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is one of the whole internet, also where one of IPv6 stands for one of IPv4."""
+    if isinstance(address, ipaddress.IPv6Address):
+        embedded = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in TRANSLATED else None
+        if embedded := embedded or address.ipv4_mapped or address.sixtofour:
+            return is_public(embedded)
+        if address.is_site_local:
+            return False
+    return address.is_global and not address.is_multicast and not address.is_reserved
 
 
 def without_secrets(url: str) -> str:

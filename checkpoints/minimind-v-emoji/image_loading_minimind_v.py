@@ -19,11 +19,11 @@ import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps
 from transformers.utils import logging
 
-from .downloading_minimind_v import MAX_BYTES, download, without_secrets
+from .downloading_minimind_v import MAX_BYTES, Refusal, download, without_secrets
 
 # What people send. Not EPS, for which PIL starts another program, and nothing that any file could be taken for. HEIF
 # is there where the user has registered pillow-heif.
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM", "ICO", "HEIF")
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM", "HEIF")
 OTHERS = {  # how files begin that are often taken for pictures, what they are, and what to do
     b"%PDF": "a PDF document: save its page as PNG",
     b"<svg": "an SVG drawing: save it as PNG",
@@ -78,14 +78,19 @@ def load_image(
         FileNotFoundError: A string that is no file, no URL and no base64.
         TypeError: Any other kind of object.
     """
+    is_fetched = False
     if isinstance(source, (str, os.PathLike)):
         text = os.fspath(source)
         if text[:8].lower().startswith(("http://", "https://")):
             name = f"{name} ({without_secrets(text)})"
-            source = download(text, name, allowed_hosts)
+            source, is_fetched = download(text, name, allowed_hosts), True
         else:
             name = f"{name} ({text if len(text) <= 200 else text[:60] + '...'})"
             source = _read_base64(text, name) if text.startswith("data:") or not os.path.isfile(text) else source
+    kinds = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray, torch.Tensor)
+    if not isinstance(source, kinds) and not hasattr(source, "read"):
+        named = "a path, URL, base64 string, bytes, binary file, PIL image, array or tensor"
+        raise TypeError(f"{name} must be {named}; got {type(source).__name__}.")
     try:
         if isinstance(source, (np.ndarray, torch.Tensor)):
             return _to_rgb(_image_from_array(source), is_cropped, max_pixels)
@@ -94,15 +99,13 @@ def load_image(
         if isinstance(source, (str, os.PathLike)):
             with open(source, "rb") as file:
                 return _to_rgb(_open(file), is_cropped, max_pixels)
-        if isinstance(source, (bytes, bytearray, memoryview)):
-            source = io.BytesIO(source)
-        if hasattr(source, "read"):
-            return _to_rgb(_open(source), is_cropped, max_pixels)
+        file = io.BytesIO(source) if isinstance(source, (bytes, bytearray, memoryview)) else source
+        return _to_rgb(_open(file), is_cropped, max_pixels)
     except Exception as error:  # decoders trip over hostile files in many ways
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{name} cannot be read as a picture: {reason}") from error
-    kinds = "a path, URL, base64 string, bytes, binary file, PIL image, array or tensor"
-    raise TypeError(f"{name} must be {kinds}; got {type(source).__name__}.")
+        # A decoder's words may hold bytes of the file, which are not for whoever gives the address of a server here
+        reason = str(error) if isinstance(error, Refusal) or not is_fetched else "it is broken"
+        reason, cause = reason or type(error).__name__, None if is_fetched else error
+    raise ValueError(f"{name} cannot be read as a picture: {reason}") from cause
 
 
 def _read_base64(text: str, name: str) -> bytes:
@@ -130,7 +133,7 @@ def _open(file: Any) -> Image.Image:
         file = io.BytesIO(file.read(MAX_BYTES))
     start = file.read(256)
     if not isinstance(start, bytes):
-        raise ValueError("it is a text file; open it in binary mode")
+        raise Refusal("it is a text file; open it in binary mode")
     Image.init()
     for name in FORMATS:
         factory, accepts = Image.OPEN.get(name, (None, None))
@@ -138,7 +141,7 @@ def _open(file: Any) -> Image.Image:
             file.seek(0)
             _silence_libtiff()
             return factory(file, "")
-    raise ValueError(_what_else(start))
+    raise Refusal(_what_else(start))
 
 
 @functools.cache
@@ -192,11 +195,15 @@ def _to_rgb(image: Image.Image, is_cropped: bool, max_pixels: int) -> Image.Imag
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     """Refuses what is too large, before it is decoded."""
     if image.format == "EPS":
-        raise ValueError(_what_else(b"%!PS"))
+        raise Refusal(_what_else(b"%!PS"))
     if (pixels := image.width * image.height) > max_pixels:
-        raise ValueError(f"it has more than {max_pixels} pixels and was not decoded; shrink it, or raise max_pixels")
+        raise Refusal(f"it has more than {max_pixels} pixels and was not decoded; shrink it, or raise max_pixels")
+    if image.format == "TIFF" and pixels > (limit := Image.MAX_IMAGE_PIXELS or pixels):
+        raise Refusal(
+            f"PIL reads TIFF up to its own limit, PIL.Image.MAX_IMAGE_PIXELS ({limit}); save it as PNG or JPEG"
+        )
     if isinstance(image, ImageFile.ImageFile) and (needed := _decoding_bytes(image)) > MAX_DECODING_BYTES:
-        raise ValueError(f"decoding its {pixels} pixels would take {needed / 1e9:.1f} GB of memory; shrink it")
+        raise Refusal(f"decoding its {pixels} pixels would take {needed / 1e9:.1f} GB of memory; shrink it")
 
 
 def _decoding_bytes(image: Image.Image) -> int:
@@ -255,6 +262,8 @@ def _image_from_array(source: np.ndarray | torch.Tensor) -> Image.Image:
         array, channels_first = (source.float() if source.is_floating_point() else source).numpy(), True
     else:
         array, channels_first = source, False
+    if array.dtype.kind not in "biuf":
+        raise Refusal(f"the values of an array must be integers or floats; got {array.dtype}")
     if array.ndim == 3:
         first, last = (array.shape[axis] in (1, 3, 4) for axis in (0, 2))
         if first and (channels_first or not last):
@@ -262,7 +271,7 @@ def _image_from_array(source: np.ndarray | torch.Tensor) -> Image.Image:
         if array.shape[2] == 1:
             array = array[:, :, 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or not array.size:
-        raise ValueError(f"an array must be [H, W], [H, W, C] or [C, H, W] with C = 1, 3 or 4; got {array.shape}")
+        raise Refusal(f"an array must be [H, W], [H, W, C] or [C, H, W] with C = 1, 3 or 4; got {array.shape}")
     if array.dtype != np.uint8:
         white = _white(array.dtype, float(array.min()), float(array.max()))
         output = np.empty(array.shape, np.uint8)
@@ -288,7 +297,7 @@ def _white(dtype: np.dtype, low: float, peak: float) -> float:
     if is_float and low >= -0.01 and peak <= 1.01:  # [0, 1] with rounding errors
         return 1.0
     if not (np.isfinite(low) and np.isfinite(peak)) or low < 0:
-        raise ValueError(f"pixel values must lie in [0, 1], [0, 255] or [0, 65535]; got {low} to {peak}")
+        raise Refusal(f"pixel values must lie in [0, 1], [0, 255] or [0, 65535]; got {low} to {peak}")
     if dtype.type is np.bool_:
         return 1.0
     return max(65535.0 if dtype.type is np.uint16 or peak > 255 else 255.0, peak)

@@ -51,15 +51,20 @@ class MiniMindVImageToTextPipeline(ImageTextToTextPipeline):
         Returns:
             `[{"generated_text": str}]` for one image, a list of such lists for several.
         """
+        if isinstance(inputs, (list, tuple)) and not inputs:
+            return []
         return Pipeline.__call__(self, inputs, prompt=prompt, **kwargs)
 
     def _sanitize_parameters(
         self, prompt: str | None = None, generate_kwargs: dict | None = None, **kwargs: Any
     ) -> tuple[dict, dict, dict]:
-        known = {*GenerationConfig().to_dict(), *inspect.signature(GenerationMixin.generate).parameters} - {"kwargs"}
+        known = {*GenerationConfig().to_dict(), *inspect.signature(GenerationMixin.generate).parameters}
+        known -= {"self", "kwargs", "transformers_version"}
         for name in kwargs.keys() - known:
             near = difflib.get_close_matches(name, [*known, "prompt", "generate_kwargs", "batch_size"], n=1)
             raise ValueError(f"There is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+        if not isinstance(generate_kwargs, (dict, type(None))):
+            raise ValueError(f"generate_kwargs must be a dict; got {type(generate_kwargs).__name__}.")
         if not isinstance(prompt, (str, type(None))):
             raise ValueError(f"prompt must be one string, for all images; got {type(prompt).__name__}.")
         if twice := kwargs.keys() & (generate_kwargs or {}).keys():
@@ -74,7 +79,7 @@ class MiniMindVImageToTextPipeline(ImageTextToTextPipeline):
 
     def _forward(self, model_inputs: dict, generate_kwargs: dict | None = None) -> dict:
         options = dict(generate_kwargs or {})
-        options["logits_processor"] = [*options.get("logits_processor", []), FiniteLogits()]
+        options["logits_processor"] = [*(options.get("logits_processor") or []), FiniteLogits()]
         if TRANSFORMERS_VERSION >= (5, 20):
             options = self._prepare_generate_kwargs(options, return_dict_in_generate=False)
         else:  # until 5.20 is the lower bound: one whole config, because generate() warns of single options beside it
