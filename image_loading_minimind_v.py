@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import io
+import logging as std_logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -139,14 +140,15 @@ def _open(file: Any) -> Image.Image:
         factory, accepts = Image.OPEN.get(name, (None, None))
         if factory is not None and accepts is not None and accepts(start[:16].ljust(16)) is True:
             file.seek(0)
-            _silence_libtiff()
+            _silence_decoders()
             return factory(file, "")
     raise Refusal(_what_else(start))
 
 
 @functools.cache
-def _silence_libtiff() -> None:
-    """libtiff also writes to stderr what PIL raises."""
+def _silence_decoders() -> None:
+    """libtiff and PIL also write to stderr what PIL raises."""
+    std_logging.getLogger("PIL").addHandler(std_logging.NullHandler())  # which leaves handlers of the user's alone
     with contextlib.suppress(OSError, AttributeError):  # AttributeError: Windows
         ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 

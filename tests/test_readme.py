@@ -46,7 +46,7 @@ def test_first_command_prints_true_captions(prompt, language, elsewhere):
 
 def test_python_of_the_readme(elsewhere):
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     result = run([sys.executable, "-c", "\n".join(blocks)], elsewhere)
     (english, chinese), (_, second_chinese) = CAPTIONS["apple.png"], CAPTIONS["pizza.png"]
     lines = [ast.literal_eval(line) for line in result.stdout.splitlines()]
