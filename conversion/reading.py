@@ -1,5 +1,6 @@
 """Checkpoints of any form -> tensors: a file, a folder or a Hub repository."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from ..common import read_json
 
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".json")
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
 
 
 def is_local(source: str | Path) -> bool:
@@ -39,9 +41,35 @@ def read_checkpoint(checkpoint: str | Path) -> tuple[dict[str, torch.Tensor], di
     if not path.is_dir():
         if is_local(checkpoint):
             raise FileNotFoundError(f"{checkpoint} is no file, no folder and no Hub repository (user/name).")
-        path = Path(snapshot_download(str(checkpoint), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.txt"]))
+        path = download(str(checkpoint))
     config = read_json(path / "config.json") if (path / "config.json").exists() else {}
     return {name: tensor for file in weight_files(path) for name, tensor in read_tensors(file).items()}, config, path
+
+
+def download(repository: str, files: list[str] | None = None, revision: str | None = None) -> Path:
+    """Folder in the Hub's cache with the files of a repository, which are fetched (with a progress bar) if need be.
+
+    Args:
+        repository: On the Hub, or the mirror that HF_ENDPOINT names.
+        files: The ones to fetch; left out, configuration, tokenizer and one form of the weights.
+        revision: Branch, tag or commit; left out, `main`.
+
+    Raises:
+        FileNotFoundError: The repository has no weights in the form of transformers, or there is no connection.
+        OSError: There is no such repository.
+    """
+    if files is not None:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
+    small = ["*.json", "*.txt"]
+    for weights in ("*.safetensors", "pytorch_model*.bin"):
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=[*small, weights]))
+        with contextlib.suppress(FileNotFoundError):
+            weight_files(folder)
+            return folder
+    raise FileNotFoundError(
+        f"{repository} has neither model.safetensors nor pytorch_model.bin. Fetch the file of weights that you mean, "
+        f"and name that: hf download {repository} FILE.pth --local-dir ./out"
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:
