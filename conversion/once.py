@@ -35,15 +35,14 @@ def convert_once(source: str | Path, tell: Callable[[str], None] = print) -> str
     revision = find_revision(source)
     if revision is None:
         return source
-    name = Path(source).resolve().name if is_local(source) else str(source).replace("/", "--")
+    is_here = is_local(source)
+    name = Path(source).resolve().name if is_here else str(source).replace("/", "--")
     target = Path(constants.HF_HOME, "minimind-v", "converted", version("minimind-v"), f"{name}-{revision[:12]}")
     while not target.exists():
         try:
             with atomic_output(target) as folder:
                 tell(f"{source} is a checkpoint of the original project: converting it, once, into {target}")
-                checkpoint = (
-                    Path(source).expanduser() if is_local(source) else download(str(source), revision=revision)
-                )
+                checkpoint = source if is_here else download(str(source), revision=revision)
                 summary = convert_checkpoint(checkpoint, folder)
                 if not (folder / "tokenizer_config.json").exists():
                     raise FileNotFoundError(summary.notes[-1])
@@ -60,10 +59,12 @@ def find_revision(source: str | Path) -> str | None:
     if not is_local(source):
         try:
             config = Path(hf_hub_download(str(source), "config.json"))
-        except (EntryNotFoundError, OSError) as error:
-            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-                return download(str(source)).name  # no config.json: only weights, or not even those
+        except LocalEntryNotFoundError:
             return None  # loading will say that it cannot be fetched
+        except EntryNotFoundError:
+            return download(str(source)).name  # no configuration: weights of the original, or none at all
+        except OSError:
+            return None
         return config.parent.name if is_original(read_json(config)) else None
     path = Path(source).expanduser()
     if path.is_dir():

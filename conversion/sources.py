@@ -131,8 +131,8 @@ def describe_missing(missing: dict[str, MissingPart], release: str) -> str:
     commands = " && ".join(error.command for error in missing.values())
     options = " and ".join(OPTIONS[part] for part in missing)
     return (
-        f"there is no {' and no '.join(missing)} of {release} here, and none was fetched ({reasons}). Where there is a "
-        f"connection, run {commands} (here, or in the folder of the checkpoint); or name what you have with {options}"
+        f"there is no {' and no '.join(missing)} of {release} here, and none was fetched ({reasons}). Where there is "
+        f"a connection, run {commands} (here, or where the checkpoint is), or name what you have with {options}"
     )
 
 
@@ -176,7 +176,7 @@ def is_tower(folder: Path) -> bool:
 
 
 def is_tokenizer(folder: Path, release: str) -> bool:
-    """Whether this folder has the tokenizer of a release; a clone of the original has another one's at the same place."""
+    """Whether this folder has the tokenizer of a release; in a clone of the original it may be another's."""
     if not (folder / "tokenizer.json").exists():
         return False
     added = {token["id"]: token["content"] for token in read_json(folder / "tokenizer.json")["added_tokens"]}
