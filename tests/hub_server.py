@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from huggingface_hub.utils.sha import git_hash
 
-LARGE = re.compile(r".*\.safetensors$")
+LARGE = re.compile(r".*\.(safetensors|bin|pth)$")
 
 
 @dataclass
@@ -67,6 +67,11 @@ class HubServer(ThreadingHTTPServer):
             "main", {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}, "initial"
         )
         return repository
+
+    def publish(self, repo_id: str, files: dict[str, bytes]) -> str:
+        """Makes these the files of a repository on main, and returns the commit."""
+        repository = self.repositories.get(repo_id) or self.add(repo_id)
+        return repository.commit("main", files, "upload")
 
     def sent(self) -> list[str]:
         """Files that arrived since the last call: `lfs` their contents by LFS, else the operations of commits."""
