@@ -7,12 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 
-from ..common import atomic_output, read_json
+from ..common import atomic_output, quiet_library, read_json
 from .convert import convert_checkpoint
-from .reading import download, is_local
+from .reading import download, is_local, reason_of
 
 
 def convert_once(source: str | Path, tell: Callable[[str], None] = print) -> str | Path:
@@ -29,7 +29,8 @@ def convert_once(source: str | Path, tell: Callable[[str], None] = print) -> str
         `source`, or the folder of its conversion.
 
     Raises:
-        FileNotFoundError: The repository has no weights in the form of transformers, or there is no tokenizer.
+        FileNotFoundError: The repository is not in the cache and there is no connection, it has no weights in the form
+            of transformers, or there is no tokenizer for it.
         ValueError, OSError: As [`convert_checkpoint`] raises them.
     """
     revision = find_revision(source)
@@ -58,14 +59,18 @@ def find_revision(source: str | Path) -> str | None:
     """The commit of a repository of the original, or a hash of a local checkpoint's state; None for anything else."""
     if not is_local(source):
         try:
-            config = Path(hf_hub_download(str(source), "config.json"))
-        except LocalEntryNotFoundError:
-            return None  # loading will say that it cannot be fetched
-        except EntryNotFoundError:
-            return download(str(source)).name  # no configuration: weights of the original, or none at all
+            with quiet_library():
+                folder = download(str(source), ["config.json"])
+        except LocalEntryNotFoundError as error:
+            raise FileNotFoundError(
+                f"{source} is not in the Hub's cache and was not fetched ({reason_of(error)}). Where there is a "
+                f"connection, run hf download {source}"
+            ) from None
         except OSError:
-            return None
-        return config.parent.name if is_original(read_json(config)) else None
+            return None  # no such repository, or a private one: loading will say so
+        if not (folder / "config.json").exists():  # weights of the original, or none at all
+            return download(str(source)).name
+        return folder.name if is_original(read_json(folder / "config.json")) else None
     path = Path(source).expanduser()
     if path.is_dir():
         if (path / "config.json").exists() and not is_original(read_json(path / "config.json")):

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 
 from ..common import read_json
@@ -70,6 +71,13 @@ def download(repository: str, files: list[str] | None = None, revision: str | No
         f"{repository} has neither model.safetensors nor pytorch_model.bin. Fetch the file of weights that you mean, "
         f"and name that: hf download {repository} FILE.pth --local-dir ./out"
     )
+
+
+def reason_of(error: OSError) -> str:
+    """Why something was not fetched: the client's own words begin with the name of another error, and go on."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    return "no connection" if isinstance(error, LocalEntryNotFoundError) else str(error).strip().partition("\n")[0]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -5,10 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants
-
 from ..common import read_json
-from .reading import TOKENIZER_FILES, download, weight_files
+from .reading import TOKENIZER_FILES, download, reason_of, weight_files
 from .tokenizers import IMAGE_TOKEN
 
 
@@ -120,7 +118,7 @@ def find_parts(
     if missing:
         problem = describe_missing(missing, release)
         if "vision tower" in missing:
-            raise ValueError(f"The checkpoint has no vision tower: {problem}.")
+            raise ValueError(problem[0].upper() + problem[1:] + ".")
         notes.append(f"no tokenizer was given, so the output has no processor: {problem}")
     return found.get("vision tower"), found.get("tokenizer"), notes
 
@@ -132,7 +130,8 @@ def describe_missing(missing: dict[str, MissingPart], release: str) -> str:
     options = " and ".join(OPTIONS[part] for part in missing)
     return (
         f"there is no {' and no '.join(missing)} of {release} here, and none was fetched ({reasons}). Where there is "
-        f"a connection, run {commands} (here, or where the checkpoint is), or name what you have with {options}"
+        f"a connection, run {commands} (here, or where the checkpoint is), or name what you have with {options} of "
+        "minimind-v convert"
     )
 
 
@@ -162,7 +161,7 @@ def find(
         if fits(place):
             return place, repository
     except OSError as error:
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else str(error).strip().partition("\n")[0]
+        reason = reason_of(error)
     command = " ".join(["hf download", repository, *(files or []), "--local-dir", f"./{folders[0]}"])
     raise MissingPart(reason, command)
 
