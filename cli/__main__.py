@@ -430,6 +430,13 @@ fetched from the Hub (or its mirror HF_ENDPOINT).""",
     parser.add_argument("--release", help="of the original (default: recognised from the tensors)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: kept as it is")
     parser.add_argument("--overwrite", action="store_true", help="replace an output folder that is not empty")
+    parser.add_argument(
+        "--from",
+        dest="hub",
+        choices=["huggingface", "modelscope"],
+        default="huggingface",
+        help="where to fetch from (default: %(default)s; the other needs the package modelscope)",
+    )
 
 
 def convert(checkpoint: str, output: str, dtype: str | None, **options: Any) -> None:

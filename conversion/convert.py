@@ -23,7 +23,7 @@ from .key_maps import (
     ignored_reason,
     rename_all,
 )
-from .reading import is_local, read_checkpoint
+from .reading import TOKENIZER_FILES, download, is_local, read_checkpoint
 from .sources import find_parts
 from .tokenizers import IMAGE_TOKEN, IMAGE_TOKEN_IDS, wrap_tokenizer
 from .towers import make_image_processor, read_tower
@@ -74,6 +74,7 @@ def convert_checkpoint(
     release: str | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    hub: str = "huggingface",
 ) -> Summary:
     """Turns a checkpoint of the original project into one of this package that computes the same numbers.
 
@@ -90,6 +91,7 @@ def convert_checkpoint(
         release: One of [`RELEASES`]; left out, recognised from the names of the tensors.
         dtype: Of all weights; left out, every tensor keeps its own.
         overwrite: Replace an `output` that is not empty.
+        hub: Where repositories are: `"huggingface"`, or `"modelscope"` with the package modelscope.
 
     Returns:
         What was found and done; `summary.output` is the folder, `print(summary)` shows it all.
@@ -109,12 +111,16 @@ def convert_checkpoint(
     tokenizer, original_config = find_source(tokenizer, output), find_source(original_config, output)
     bar = tqdm(total=4, desc="reading", unit="step", leave=False, disable=None)  # in terminals, until it is done
     with atomic_output(output, overwrite) as folder, bar as progress:
-        state, arguments, files = read_checkpoint(checkpoint)
+        state, arguments, files = read_checkpoint(checkpoint, hub)
         if original_config is not None:
             arguments |= read_arguments(original_config)
         release = find_release(release, state, checkpoint)
         advance(progress, "mapping")
         state, decoder, notes = map_tensors(state, release, arguments)
+        if vision_encoder is not None and not is_local(vision_encoder):
+            vision_encoder = download(str(vision_encoder), hub=hub)
+        if tokenizer is not None and not is_local(tokenizer):
+            tokenizer = download(str(tokenizer), TOKENIZER_FILES, hub=hub)
         if tokenizer is None and files is not None and (files / "tokenizer.json").exists():
             tokenizer = files
         has_projector, has_tower = (any(name.startswith(part) for name in state) for part in (PROJECTOR, TOWER))
@@ -123,6 +129,7 @@ def convert_checkpoint(
             files or Path(checkpoint).parent,
             needs_tower=vision_encoder is None and has_projector and not has_tower,
             needs_tokenizer=tokenizer is None,
+            hub=hub,
         )
         vision_encoder = vision_encoder or find_source(found_tower, output)
         tokenizer = tokenizer or find_source(found_tokenizer, output)

@@ -14,6 +14,15 @@ from ..common import read_json
 
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".json")
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
+MODELSCOPE = {  # repositories of the Hub that have another name there
+    "jingyaogong/MiniMind2-V": "gongjy/MiniMind2-V",
+    "jingyaogong/minimind-3v": "gongjy/minimind-3v",
+    "jingyaogong/siglip2-base-p16-256-ve": "gongjy/siglip2-base-p16-256-ve",
+    "jingyaogong/siglip2-base-p16-ve": "gongjy/siglip2-base-p16-ve",
+    "jingyaogong/siglip2-base-p32-256-ve": "gongjy/siglip2-base-p32-256-ve",
+    "openai/clip-vit-base-patch16": "openai-mirror/clip-vit-base-patch16",
+    "openai/clip-vit-base-patch32": "openai-mirror/clip-vit-base-patch32",
+}
 
 
 def is_local(source: str | Path) -> bool:
@@ -22,12 +31,15 @@ def is_local(source: str | Path) -> bool:
     return Path(source).expanduser().exists() or not is_repository
 
 
-def read_checkpoint(checkpoint: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path | None]:
+def read_checkpoint(
+    checkpoint: str | Path, hub: str = "huggingface"
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path | None]:
     """Reads a file of tensors, or a folder or Hub repository in the form of transformers.
 
     Args:
         checkpoint: `.pth`, `.bin` or `.safetensors` file, folder, or Hub repository. Pickles are read with
             `weights_only=True`, so that they cannot run code.
+        hub: Where repositories are, as for [`download`].
 
     Returns:
         The tensors by name, the content of `config.json` (empty without one), and the folder (None for a file).
@@ -42,42 +54,67 @@ def read_checkpoint(checkpoint: str | Path) -> tuple[dict[str, torch.Tensor], di
     if not path.is_dir():
         if is_local(checkpoint):
             raise FileNotFoundError(f"{checkpoint} is no file, no folder and no Hub repository (user/name).")
-        path = download(str(checkpoint))
+        path = download(str(checkpoint), hub=hub)
     config = read_json(path / "config.json") if (path / "config.json").exists() else {}
     return {name: tensor for file in weight_files(path) for name, tensor in read_tensors(file).items()}, config, path
 
 
-def download(repository: str, files: list[str] | None = None, revision: str | None = None) -> Path:
-    """Folder in the Hub's cache with the files of a repository, which are fetched (with a progress bar) if need be.
+def download(
+    repository: str, files: list[str] | None = None, revision: str | None = None, hub: str = "huggingface"
+) -> Path:
+    """Folder in the cache with the files of a repository, which are fetched (with a progress bar) if need be.
 
     Args:
-        repository: On the Hub, or the mirror that HF_ENDPOINT names.
+        repository: On the Hub, or the mirror that HF_ENDPOINT names, or on ModelScope.
         files: The ones to fetch; left out, configuration, tokenizer and one form of the weights.
-        revision: Branch, tag or commit; left out, `main`.
+        revision: Branch, tag or commit; left out, the main branch.
+        hub: `"huggingface"` or `"modelscope"`.
 
     Raises:
         FileNotFoundError: The repository has no weights in the form of transformers, or there is no connection.
         OSError: There is no such repository.
+        ImportError: The package modelscope is missing.
     """
+    fetch: Any = snapshot_download
+    if hub == "modelscope":
+        repository, fetch = MODELSCOPE.get(repository, repository), modelscope_download()
     if files is not None:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
-    small = ["*.json", "*.txt"]
+        return Path(fetch(repository, revision=revision, allow_patterns=files))
     for weights in ("*.safetensors", "pytorch_model*.bin"):
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=[*small, weights]))
+        folder = Path(fetch(repository, revision=revision, allow_patterns=["*.json", "*.txt", weights]))
         with contextlib.suppress(FileNotFoundError):
             weight_files(folder)
             return folder
     raise FileNotFoundError(
         f"{repository} has neither model.safetensors nor pytorch_model.bin. Fetch the file of weights that you mean, "
-        f"and name that: hf download {repository} FILE.pth --local-dir ./out"
+        f"and name that: {download_command(repository, ['FILE.pth'], './out', hub)}"
     )
+
+
+def modelscope_download() -> Any:
+    """The function of the package modelscope that is like `huggingface_hub.snapshot_download`."""
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        advice = "pip install 'minimind-v[modelscope]'"
+        raise ImportError(f"Fetching from ModelScope needs the package modelscope: {advice}") from None
+    return snapshot_download
+
+
+def download_command(repository: str, files: list[str], folder: str, hub: str) -> str:
+    """The command line that fetches files (none: all) of a repository into a folder."""
+    if hub == "modelscope":
+        words = ["modelscope download --model", MODELSCOPE.get(repository, repository), *files, "--local_dir", folder]
+    else:
+        words = ["hf download", repository, *files, "--local-dir", folder]
+    return " ".join(words)
 
 
 def reason_of(error: OSError) -> str:
     """Why something was not fetched: the client's own words begin with the name of another error, and go on."""
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    return "no connection" if isinstance(error, LocalEntryNotFoundError) else str(error).strip().partition("\n")[0]
+    if isinstance(error, LocalEntryNotFoundError):
+        return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
+    return str(error).strip().partition("\n")[0]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common import read_json
-from .reading import TOKENIZER_FILES, download, reason_of, weight_files
+from .reading import TOKENIZER_FILES, download, download_command, reason_of, weight_files
 from .tokenizers import IMAGE_TOKEN
 
 
@@ -81,7 +81,7 @@ OPTIONS = {"vision tower": "--vision-encoder", "tokenizer": "--tokenizer"}
 
 
 def find_parts(
-    release: str, near: Path, needs_tower: bool, needs_tokenizer: bool
+    release: str, near: Path, needs_tower: bool, needs_tokenizer: bool, hub: str = "huggingface"
 ) -> tuple[Path | None, Path | None, list[str]]:
     """What a release was published with: found where the original's README has people put it, or else fetched.
 
@@ -89,6 +89,7 @@ def find_parts(
         release: One of [`PUBLISHED`].
         near: Folder of the checkpoint. It, the folder above and the current one are searched.
         needs_tower, needs_tokenizer: What to find.
+        hub: Where to fetch from, as for [`download`].
 
     Returns:
         Folder of the tower, folder of the tokenizer, and notes where they are from. What is not needed is None, and
@@ -111,7 +112,7 @@ def find_parts(
     missing: dict[str, MissingPart] = {}
     for part, search in searches.items():
         try:
-            found[part], origin = find(near, *search)
+            found[part], origin = find(near, *search, hub)
             notes.append(f"{part} of {origin}")
         except MissingPart as error:
             missing[part] = error
@@ -136,7 +137,7 @@ def describe_missing(missing: dict[str, MissingPart], release: str) -> str:
 
 
 def find(
-    near: Path, repository: str, folders: list[str], fits: Callable[[Path], bool], files: list[str] | None
+    near: Path, repository: str, folders: list[str], fits: Callable[[Path], bool], files: list[str] | None, hub: str
 ) -> tuple[Path, str]:
     """A folder here, or else that of a repository in the Hub's cache, where it is fetched to.
 
@@ -146,6 +147,7 @@ def find(
         folders: Where it may be, from the current folder, from `near`, and from the folder above that.
         fits: Whether a folder holds what is looked for.
         files: Of the repository; None is all that a model needs.
+        hub: Where it is, as for [`download`].
 
     Returns:
         The folder, and its name or that of the repository.
@@ -157,12 +159,12 @@ def find(
     if place := next(filter(fits, places), None):
         return place, str(place)
     try:
-        place, reason = download(repository, files), f"{repository} holds that of another release"
+        place, reason = download(repository, files, hub=hub), f"{repository} holds that of another release"
         if fits(place):
             return place, repository
     except OSError as error:
         reason = reason_of(error)
-    command = " ".join(["hf download", repository, *(files or []), "--local-dir", f"./{folders[0]}"])
+    command = download_command(repository, files or [], f"./{folders[0]}", hub)
     raise MissingPart(reason, command)
 
 

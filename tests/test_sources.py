@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CHECKPOINT, png
-from hub_server import HubServer
+from hub_server import HubServer, ModelScopeServer
 from huggingface_hub import constants
 from original import GOLDEN, TOKENIZERS, convert_case, read_json, release_of
 from safetensors.torch import load_file
@@ -111,11 +111,11 @@ def online(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def run(folder, *arguments, endpoint="http://127.0.0.1:9", offline=False):
+def run(folder, *arguments, endpoint="http://127.0.0.1:9", offline=False, **variables):
     """The command in a fresh process, which works in `folder` and has its cache there."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTEST"))}
     environment |= {"HF_HOME": str(folder / "home"), "HF_ENDPOINT": endpoint, "OMP_NUM_THREADS": "1"}
-    environment |= {"HF_HUB_DISABLE_XET": "1"} | ({"HF_HUB_OFFLINE": "1"} if offline else {})
+    environment |= {"HF_HUB_DISABLE_XET": "1"} | ({"HF_HUB_OFFLINE": "1"} if offline else {}) | variables
     command = [sys.executable, "-m", "minimind_v_cli", *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -226,6 +226,48 @@ def test_folders_of_the_originals_readme(release, place, tmp_path, monkeypatch):
     (tower / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")  # cloned without LFS
     with pytest.raises(ValueError, match="no vision tower and no tokenizer of"):
         find_parts(release, near[place], needs_tower=True, needs_tokenizer=True)
+
+
+# --- ModelScope ------------------------------------------------------------------------------------------------------
+
+
+def test_from_modelscope(tmp_path):
+    """Without a connection to the Hub; under the Hub's names, and under its own."""
+    pytest.importorskip("modelscope")
+    files = {"gongjy/minimind-3v": model_repository("g3v_dense")}
+    files["gongjy/siglip2-base-p32-256-ve"] = tower_repository("g3v_dense")
+    (tmp_path / "sft.pth").write_bytes(weights("g3v_dense"))
+    (tmp_path / "arguments.json").write_text(json.dumps(read_json("g3v_dense/hparams.json")["constructor_args"]))
+    with ModelScopeServer(files) as server:
+        variables = {"MODELSCOPE_ENDPOINT": server.url, "MODELSCOPE_CACHE": str(tmp_path / "modelscope")}
+        for number, source in enumerate(["jingyaogong/minimind-3v", "gongjy/minimind-3v", "sft.pth"]):
+            config = ["--config", "arguments.json"] if source == "sft.pth" else []
+            result = run(
+                tmp_path,
+                "convert",
+                source,
+                f"ours{number}",
+                *config,
+                "--from",
+                "modelscope",
+                offline=True,
+                **variables,
+            )
+            assert result.returncode == 0, result.stderr[-2000:]
+            assert_same_model(tmp_path / f"ours{number}", "g3v_dense")
+        assert not [line for line in server.log if line.endswith(".py")]
+        (tmp_path / "sft.pth").write_bytes(weights("g1_dense"))
+        result = run(tmp_path, "convert", "sft.pth", "ours", "--from", "modelscope", offline=True, **variables)
+    wanted = (
+        "run modelscope download --model openai-mirror/clip-vit-base-patch16 --local_dir ./model/vision_model/clip"
+    )
+    assert result.returncode == 1 and wanted in result.stderr, result.stderr
+
+
+def test_modelscope_is_an_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    with pytest.raises(ImportError, match=r"pip install 'minimind-v\[modelscope\]'"):
+        convert_checkpoint("gongjy/minimind-3v", tmp_path / "ours", hub="modelscope")
 
 
 # --- caption, chat, compare ------------------------------------------------------------------------------------------
