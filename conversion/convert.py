@@ -24,7 +24,7 @@ from .key_maps import (
     rename_all,
 )
 from .reading import TOKENIZER_FILES, download, is_local, read_checkpoint
-from .sources import find_parts
+from .sources import fetch_checkpoint, find_parts
 from .tokenizers import IMAGE_TOKEN, IMAGE_TOKEN_IDS, wrap_tokenizer
 from .towers import make_image_processor, read_tower
 
@@ -111,7 +111,9 @@ def convert_checkpoint(
     tokenizer, original_config = find_source(tokenizer, output), find_source(original_config, output)
     bar = tqdm(total=4, desc="reading", unit="step", leave=False, disable=None)  # in terminals, until it is done
     with atomic_output(output, overwrite) as folder, bar as progress:
-        state, arguments, files = read_checkpoint(checkpoint, hub)
+        if not is_local(checkpoint):
+            checkpoint = fetch_checkpoint(str(checkpoint), hub=hub)
+        state, arguments, files = read_checkpoint(checkpoint)
         if original_config is not None:
             arguments |= read_arguments(original_config)
         release = find_release(release, state, checkpoint)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ..common import atomic_output, quiet_library, read_json
 from .convert import convert_checkpoint
-from .reading import download, is_local, reason_of
+from .reading import is_local
+from .sources import fetch_checkpoint
 
 
 def convert_once(source: str | Path, tell: Callable[[str], None] = print) -> str | Path:
@@ -29,8 +29,8 @@ def convert_once(source: str | Path, tell: Callable[[str], None] = print) -> str
         `source`, or the folder of its conversion.
 
     Raises:
-        FileNotFoundError: The repository is not in the cache and there is no connection, it has no weights in the form
-            of transformers, or there is no tokenizer for it.
+        NotFetchedError: The repository is not in the cache and cannot be fetched.
+        FileNotFoundError: It has no weights in the form of transformers, or there is no tokenizer for it.
         ValueError, OSError: As [`convert_checkpoint`] raises them.
     """
     revision = find_revision(source)
@@ -43,7 +43,7 @@ def convert_once(source: str | Path, tell: Callable[[str], None] = print) -> str
         try:
             with atomic_output(target) as folder:
                 tell(f"{source} is a checkpoint of the original project: converting it, once, into {target}")
-                checkpoint = source if is_here else download(str(source), revision=revision)
+                checkpoint = source if is_here else fetch_checkpoint(str(source), revision=revision)
                 summary = convert_checkpoint(checkpoint, folder)
                 if not (folder / "tokenizer_config.json").exists():
                     raise FileNotFoundError(summary.notes[-1])
@@ -58,18 +58,10 @@ def convert_once(source: str | Path, tell: Callable[[str], None] = print) -> str
 def find_revision(source: str | Path) -> str | None:
     """The commit of a repository of the original, or a hash of a local checkpoint's state; None for anything else."""
     if not is_local(source):
-        try:
-            with quiet_library():
-                folder = download(str(source), ["config.json"])
-        except LocalEntryNotFoundError as error:
-            raise FileNotFoundError(
-                f"{source} is not in the Hub's cache and was not fetched ({reason_of(error)}). Where there is a "
-                f"connection, run hf download {source}"
-            ) from None
-        except OSError:
-            return None  # no such repository, or a private one: loading will say so
+        with quiet_library():  # a bar for one small file, at every use
+            folder = fetch_checkpoint(str(source), files=["config.json"])
         if not (folder / "config.json").exists():  # weights of the original, or none at all
-            return download(str(source)).name
+            return fetch_checkpoint(str(source)).name
         return folder.name if is_original(read_json(folder / "config.json")) else None
     path = Path(source).expanduser()
     if path.is_dir():

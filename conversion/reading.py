@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file
 
 from ..common import read_json
@@ -25,36 +25,49 @@ MODELSCOPE = {  # repositories of the Hub that have another name there
 }
 
 
+class NotFetchedError(FileNotFoundError):
+    """A repository is not in the cache and cannot be fetched.
+
+    Args:
+        repository: Its name.
+        reason: Why not.
+        commands: Command lines that fetch it, and what goes with it, where there is a connection.
+        advice: What to do then.
+    """
+
+    def __init__(self, repository: str, reason: str, commands: list[str], advice: str = "") -> None:
+        super().__init__(
+            f"{repository} is not in the cache and was not fetched ({reason}). Where there is a connection, run "
+            f"{' && '.join(commands)}{advice}"
+        )
+        self.reason = reason
+
+
 def is_local(source: str | Path) -> bool:
     """Whether this names a file or folder here, and not a Hub repository (`user/name`)."""
     is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not str(source).endswith(FILE_SUFFIXES)
     return Path(source).expanduser().exists() or not is_repository
 
 
-def read_checkpoint(
-    checkpoint: str | Path, hub: str = "huggingface"
-) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path | None]:
-    """Reads a file of tensors, or a folder or Hub repository in the form of transformers.
+def read_checkpoint(checkpoint: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path | None]:
+    """Reads a file of tensors, or a folder in the form of transformers.
 
     Args:
-        checkpoint: `.pth`, `.bin` or `.safetensors` file, folder, or Hub repository. Pickles are read with
-            `weights_only=True`, so that they cannot run code.
-        hub: Where repositories are, as for [`download`].
+        checkpoint: `.pth`, `.bin` or `.safetensors` file, or folder. Pickles are read with `weights_only=True`, so
+            that they cannot run code.
 
     Returns:
         The tensors by name, the content of `config.json` (empty without one), and the folder (None for a file).
 
     Raises:
-        FileNotFoundError: There is no such file, folder or repository name, or the folder holds no weights.
+        FileNotFoundError: There is no such file or folder, or the folder holds no weights.
         ValueError: The file is not a checkpoint of tensors; the message says why.
     """
     path = Path(checkpoint)
     if path.is_file():
         return read_tensors(path), {}, None
     if not path.is_dir():
-        if is_local(checkpoint):
-            raise FileNotFoundError(f"{checkpoint} is no file, no folder and no Hub repository (user/name).")
-        path = download(str(checkpoint), hub=hub)
+        raise FileNotFoundError(f"{checkpoint} is no file, no folder and no Hub repository (user/name).")
     config = read_json(path / "config.json") if (path / "config.json").exists() else {}
     return {name: tensor for file in weight_files(path) for name, tensor in read_tensors(file).items()}, config, path
 
@@ -71,23 +84,27 @@ def download(
         hub: `"huggingface"` or `"modelscope"`.
 
     Raises:
-        FileNotFoundError: The repository has no weights in the form of transformers, or there is no connection.
-        OSError: There is no such repository.
+        NotFetchedError: There is no connection, or no such repository.
+        FileNotFoundError: The repository has no weights in the form of transformers.
         ImportError: The package modelscope is missing.
     """
-    fetch: Any = snapshot_download
-    if hub == "modelscope":
-        repository, fetch = MODELSCOPE.get(repository, repository), modelscope_download()
-    if files is not None:
-        return Path(fetch(repository, revision=revision, allow_patterns=files))
-    for weights in ("*.safetensors", "pytorch_model*.bin"):
-        folder = Path(fetch(repository, revision=revision, allow_patterns=["*.json", "*.txt", weights]))
-        with contextlib.suppress(FileNotFoundError):
-            weight_files(folder)
-            return folder
+    fetch: Any = snapshot_download if hub == "huggingface" else modelscope_download()
+    name = MODELSCOPE.get(repository, repository) if hub == "modelscope" else repository
+    try:
+        if files is not None:
+            return Path(fetch(name, revision=revision, allow_patterns=files))
+        for weights in ("*.safetensors", "pytorch_model*.bin"):
+            folder = Path(fetch(name, revision=revision, allow_patterns=["*.json", "*.txt", weights]))
+            with contextlib.suppress(FileNotFoundError):
+                weight_files(folder)
+                return folder
+    except OSError as error:
+        own = f"./{name.partition('/')[2]}"
+        command = download_command(repository, files or [], own, hub)
+        raise NotFetchedError(name, reason_of(error), [command], f", and name the folder {own}") from error
     raise FileNotFoundError(
-        f"{repository} has neither model.safetensors nor pytorch_model.bin. Fetch the file of weights that you mean, "
-        f"and name that: {download_command(repository, ['FILE.pth'], './out', hub)}"
+        f"{name} has neither model.safetensors nor pytorch_model.bin. Fetch the file of weights that you mean, and "
+        f"name that: {download_command(repository, ['FILE.pth'], './out', hub)}"
     )
 
 
@@ -111,7 +128,9 @@ def download_command(repository: str, files: list[str], folder: str, hub: str) -
 
 
 def reason_of(error: OSError) -> str:
-    """Why something was not fetched: the client's own words begin with the name of another error, and go on."""
+    """Why something was not fetched, in a few words."""
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or it is private"
     if isinstance(error, LocalEntryNotFoundError):
         return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
     return str(error).strip().partition("\n")[0]

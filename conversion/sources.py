@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common import read_json
-from .reading import TOKENIZER_FILES, download, download_command, reason_of, weight_files
+from .reading import TOKENIZER_FILES, NotFetchedError, download, download_command, weight_files
 from .tokenizers import IMAGE_TOKEN
 
 
@@ -30,12 +30,14 @@ class Published:
     Args:
         tower, tokenizer: Repositories of the Hub.
         tower_folder, tokenizer_folder: Where README and code of the original have them, in a clone of it.
+        models: Repositories of the models themselves, in the form of transformers.
     """
 
     tower: str
     tower_folder: str
     tokenizer: str
     tokenizer_folder: str
+    models: tuple[str, ...] = ()
 
 
 PUBLISHED = {
@@ -44,6 +46,7 @@ PUBLISHED = {
         tower_folder="model/clip_model/clip-vit-base-patch32",
         tokenizer="jingyaogong/minimind-v-v1",
         tokenizer_folder="model/minimind_tokenizer",
+        models=("jingyaogong/minimind-v-v1", "jingyaogong/minimind-v-v1-small"),
     ),
     "minimind2-early": Published(
         tower="openai/clip-vit-base-patch16",
@@ -57,6 +60,7 @@ PUBLISHED = {
         tower_folder="model/vision_model/clip-vit-base-patch16",
         tokenizer="jingyaogong/MiniMind2-V",
         tokenizer_folder="model",
+        models=("jingyaogong/MiniMind2-V", "jingyaogong/MiniMind2-Small-V"),
     ),
     "minimind3-naflex": Published(
         tower="jingyaogong/siglip2-base-p16-ve",
@@ -75,9 +79,30 @@ PUBLISHED = {
         tower_folder="model/siglip2-base-p32-256-ve",
         tokenizer="jingyaogong/minimind-3v",
         tokenizer_folder="model",
+        models=("jingyaogong/minimind-3v", "jingyaogong/minimind-3v-moe"),
     ),
 }
 OPTIONS = {"vision tower": "--vision-encoder", "tokenizer": "--tokenizer"}
+
+
+def fetch_checkpoint(
+    repository: str, files: list[str] | None = None, revision: str | None = None, hub: str = "huggingface"
+) -> Path:
+    """Folder of a checkpoint's repository, as [`download`] gives it, and with the same arguments.
+
+    Raises:
+        NotFetchedError: It cannot be had. The message lists what its conversion needs, if it is one of the original's.
+    """
+    try:
+        return download(repository, files, revision, hub)
+    except NotFetchedError as error:
+        source = next((source for source in PUBLISHED.values() if repository in source.models), None)
+        if source is None:
+            raise
+        own = f"./{repository.partition('/')[2]}"
+        model = download_command(repository, [], own, hub)
+        tower = download_command(source.tower, [], f"./{source.tower_folder}", hub)
+        raise NotFetchedError(repository, error.reason, [model, tower], f", and name the folder {own}") from error
 
 
 def find_parts(
@@ -162,8 +187,8 @@ def find(
         place, reason = download(repository, files, hub=hub), f"{repository} holds that of another release"
         if fits(place):
             return place, repository
-    except OSError as error:
-        reason = reason_of(error)
+    except NotFetchedError as error:
+        reason = error.reason
     command = download_command(repository, files or [], f"./{folders[0]}", hub)
     raise MissingPart(reason, command)
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from minimind_v.conversion import RELEASES, convert_checkpoint, convert_once
 from minimind_v.conversion.sources import PUBLISHED, find_parts
 from minimind_v.processing_minimind_v import MiniMindVProcessor
+from minimind_v_cli.__main__ import main
 
 CASES = ["g1_dense", "g2_moe", "g3v_dense"]
 NAMES = {
@@ -189,6 +191,21 @@ def test_what_cannot_be_had_is_listed(offline, tmp_path):
     result = run(tmp_path, "convert", "sft_vlm_512.pth", "ours", "--config", "arguments.json", offline=True)
     assert result.returncode == 0, result.stderr
     assert_same_model(tmp_path / "ours", "g2_moe")
+
+
+@pytest.mark.parametrize("command", ["convert jingyaogong/minimind-3v ours", "compare a.png a.png --model {}"])
+def test_what_a_name_needs_is_listed(command, tmp_path, monkeypatch):
+    """The model and its tower, in one line."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(command.format("jingyaogong/minimind-3v").split())
+    assert re.search(
+        r"minimind-3v is not in the cache and was not fetched \(HF_HUB_OFFLINE is set\)\. .* run "
+        r"hf download jingyaogong/minimind-3v --local-dir \./minimind-3v && "
+        r"hf download jingyaogong/siglip2-base-p32-256-ve --local-dir \./model/siglip2-base-p32-256-ve, "
+        r"and name the folder \./minimind-3v \(",
+        str(end.value.code),
+    )
 
 
 def test_without_a_tokenizer_the_model_is_converted(tmp_path, monkeypatch):
@@ -363,6 +380,8 @@ def test_what_is_not_the_originals_is_used_as_it_is(online, hub, tmp_path, monke
     ):
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
         convert_once("jingyaogong/minimind-3v", pytest.fail)
-    for source in (CHECKPOINT, "alice/emoji", "alice/text", "alice/missing", "no/folder/at/all"):
+    with pytest.raises(FileNotFoundError, match=r"alice/missing .*\(there is no such repository, or it is private\)"):
+        convert_once("alice/missing", pytest.fail)
+    for source in (CHECKPOINT, "alice/emoji", "alice/text", "no/folder/at/all"):
         assert convert_once(source, pytest.fail) == source
     assert not (tmp_path / "home" / "minimind-v").exists()
