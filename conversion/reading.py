@@ -100,7 +100,7 @@ def download(
                 return folder
     except OSError as error:
         own = f"./{name.partition('/')[2]}"
-        command = download_command(repository, files or [], own, hub)
+        command = download_command(repository, files, own, hub)
         raise NotFetchedError(name, reason_of(error), [command], f", and name the folder {own}") from error
     raise FileNotFoundError(
         f"{name} has neither model.safetensors nor pytorch_model.bin. Fetch the file of weights that you mean, and "
@@ -118,12 +118,13 @@ def modelscope_download() -> Any:
     return snapshot_download
 
 
-def download_command(repository: str, files: list[str], folder: str, hub: str) -> str:
-    """The command line that fetches files (none: all) of a repository into a folder."""
+def download_command(repository: str, files: list[str] | None, folder: str, hub: str) -> str:
+    """The command line that fetches files of a repository (None: all) into a folder."""
     if hub == "modelscope":
-        words = ["modelscope download --model", MODELSCOPE.get(repository, repository), *files, "--local_dir", folder]
+        name = MODELSCOPE.get(repository, repository)
+        words = ["modelscope download --model", name, *(files or []), "--local_dir", folder]
     else:
-        words = ["hf download", repository, *files, "--local-dir", folder]
+        words = ["hf download", repository, *(files or []), "--local-dir", folder]
     return " ".join(words)
 
 

@@ -10,19 +10,6 @@ from .reading import TOKENIZER_FILES, NotFetchedError, download, download_comman
 from .tokenizers import IMAGE_TOKEN
 
 
-class MissingPart(Exception):
-    """A tower or tokenizer that is not here and cannot be fetched.
-
-    Args:
-        reason: Why not.
-        command: What gets it, where there is a connection.
-    """
-
-    def __init__(self, reason: str, command: str) -> None:
-        super().__init__(f"{reason}: {command}")
-        self.reason, self.command = reason, command
-
-
 @dataclass(frozen=True)
 class Published:
     """Where a release's tower and tokenizer are.
@@ -82,7 +69,32 @@ PUBLISHED = {
         models=("jingyaogong/minimind-3v", "jingyaogong/minimind-3v-moe"),
     ),
 }
-OPTIONS = {"vision tower": "--vision-encoder", "tokenizer": "--tokenizer"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tower or tokenizer, and where it may be.
+
+    Args:
+        name: For messages.
+        option: What names it to `minimind-v convert`.
+        repository: On the Hub.
+        folders: From the current folder, from that of the checkpoint, and from the one above; the first is where to
+            put it.
+        files: Of the repository; None is all that a model needs.
+        fits: Whether a folder holds it.
+    """
+
+    name: str
+    option: str
+    repository: str
+    folders: tuple[str, ...]
+    files: list[str] | None
+    fits: Callable[[Path], bool]
+
+
+class MissingPartError(Exception):
+    """A part is not here and cannot be fetched, for this reason."""
 
 
 def fetch_checkpoint(
@@ -100,8 +112,8 @@ def fetch_checkpoint(
         if source is None:
             raise
         own = f"./{repository.partition('/')[2]}"
-        model = download_command(repository, [], own, hub)
-        tower = download_command(source.tower, [], f"./{source.tower_folder}", hub)
+        model = download_command(repository, None, own, hub)
+        tower = download_command(source.tower, None, f"./{source.tower_folder}", hub)
         raise NotFetchedError(repository, error.reason, [model, tower], f", and name the folder {own}") from error
 
 
@@ -123,74 +135,62 @@ def find_parts(
     Raises:
         ValueError: The tower cannot be had. The message says how to get all that is missing.
     """
-    source = PUBLISHED[release]
-    searches = {}
-    if needs_tower:
-        # A clone of the tower's repository often lies just beside the checkpoint.
-        folders = [source.tower_folder, Path(source.tower_folder).name]
-        searches["vision tower"] = (source.tower, folders, is_tower, None)
-    if needs_tokenizer:
-        fits = functools.partial(is_tokenizer, release=release)
-        searches["tokenizer"] = (source.tokenizer, [source.tokenizer_folder], fits, TOKENIZER_FILES)
     found: dict[str, Path] = {}
     notes: list[str] = []
-    missing: dict[str, MissingPart] = {}
-    for part, search in searches.items():
+    missing: list[Part] = []
+    reasons: list[str] = []
+    for part in [tower_of(release)] * needs_tower + [tokenizer_of(release)] * needs_tokenizer:
         try:
-            found[part], origin = find(near, *search, hub)
-            notes.append(f"{part} of {origin}")
-        except MissingPart as error:
-            missing[part] = error
+            found[part.name], origin = find(part, near, hub)
+            notes.append(f"{part.name} of {origin}")
+        except MissingPartError as error:
+            missing.append(part)
+            reasons.append(str(error))
     if missing:
-        problem = describe_missing(missing, release)
-        if "vision tower" in missing:
+        names = " and no ".join(part.name for part in missing)
+        commands = [download_command(part.repository, part.files, f"./{part.folders[0]}", hub) for part in missing]
+        options = " and ".join(part.option for part in missing)
+        problem = (
+            f"there is no {names} of {release} here, and none was fetched ({' and '.join(dict.fromkeys(reasons))}). "
+            f"Where there is a connection, run {' && '.join(commands)} (here, or where the checkpoint is), or name "
+            f"what you have with {options} of minimind-v convert"
+        )
+        if missing[0].name == "vision tower":
             raise ValueError(problem[0].upper() + problem[1:] + ".")
         notes.append(f"no tokenizer was given, so the output has no processor: {problem}")
     return found.get("vision tower"), found.get("tokenizer"), notes
 
 
-def describe_missing(missing: dict[str, MissingPart], release: str) -> str:
-    """What is missing, why, and how to get it."""
-    reasons = " and ".join(dict.fromkeys(error.reason for error in missing.values()))
-    commands = " && ".join(error.command for error in missing.values())
-    options = " and ".join(OPTIONS[part] for part in missing)
-    return (
-        f"there is no {' and no '.join(missing)} of {release} here, and none was fetched ({reasons}). Where there is "
-        f"a connection, run {commands} (here, or where the checkpoint is), or name what you have with {options} of "
-        "minimind-v convert"
-    )
+def tower_of(release: str) -> Part:
+    """The tower of a release. A clone of its repository often lies just beside the checkpoint."""
+    source = PUBLISHED[release]
+    folders = (source.tower_folder, Path(source.tower_folder).name)
+    return Part("vision tower", "--vision-encoder", source.tower, folders, None, is_tower)
 
 
-def find(
-    near: Path, repository: str, folders: list[str], fits: Callable[[Path], bool], files: list[str] | None, hub: str
-) -> tuple[Path, str]:
-    """A folder here, or else that of a repository in the Hub's cache, where it is fetched to.
+def tokenizer_of(release: str) -> Part:
+    """The tokenizer of a release."""
+    source, fits = PUBLISHED[release], functools.partial(is_tokenizer, release=release)
+    folders = (source.tokenizer_folder,)
+    return Part("tokenizer", "--tokenizer", source.tokenizer, folders, TOKENIZER_FILES, fits)
 
-    Args:
-        near: Folder of the checkpoint.
-        repository: On the Hub.
-        folders: Where it may be, from the current folder, from `near`, and from the folder above that.
-        fits: Whether a folder holds what is looked for.
-        files: Of the repository; None is all that a model needs.
-        hub: Where it is, as for [`download`].
 
-    Returns:
-        The folder, and its name or that of the repository.
+def find(part: Part, near: Path, hub: str) -> tuple[Path, str]:
+    """Folder of a part, here or in the cache of the hub (where it is fetched to), and where it is from.
 
     Raises:
-        MissingPart: It is not here and cannot be fetched.
+        MissingPartError: It is not here and cannot be fetched.
     """
-    places = [base / folder for base in (Path(), near, near.parent) for folder in folders]
-    if place := next(filter(fits, places), None):
+    places = [base / folder for base in (Path(), near, near.parent) for folder in part.folders]
+    if place := next(filter(part.fits, places), None):
         return place, str(place)
     try:
-        place, reason = download(repository, files, hub=hub), f"{repository} holds that of another release"
-        if fits(place):
-            return place, repository
+        place = download(part.repository, part.files, hub=hub)
     except NotFetchedError as error:
-        reason = error.reason
-    command = download_command(repository, files or [], f"./{folders[0]}", hub)
-    raise MissingPart(reason, command)
+        raise MissingPartError(error.reason) from None
+    if not part.fits(place):
+        raise MissingPartError(f"{part.repository} has that of another release")
+    return place, part.repository
 
 
 def is_tower(folder: Path) -> bool:
@@ -205,6 +205,6 @@ def is_tokenizer(folder: Path, release: str) -> bool:
     """Whether this folder has the tokenizer of a release; in a clone of the original it may be another's."""
     if not (folder / "tokenizer.json").exists():
         return False
-    added = {token["id"]: token["content"] for token in read_json(folder / "tokenizer.json")["added_tokens"]}
+    added = {token["id"]: token["content"] for token in read_json(folder / "tokenizer.json").get("added_tokens", [])}
     first = "<s>" if release in ("minimind1", "minimind2-early") else "<|im_start|>"
     return added.get(1) == first and (IMAGE_TOKEN in added.values()) == release.startswith("minimind3")

@@ -197,6 +197,7 @@ def test_what_cannot_be_had_is_listed(offline, tmp_path):
 def test_what_a_name_needs_is_listed(command, tmp_path, monkeypatch):
     """The model and its tower, in one line."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(SystemExit) as end:
         main(command.format("jingyaogong/minimind-3v").split())
     assert re.search(
