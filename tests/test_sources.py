@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import original
 import pytest
 import torch
 from conftest import CHECKPOINT, png
@@ -21,12 +22,15 @@ from minimind_v.conversion.sources import PUBLISHED, find_parts
 from minimind_v.processing_minimind_v import MiniMindVProcessor
 from minimind_v_cli.__main__ import main
 
-CASES = ["g1_dense", "g2_moe", "g3v_dense"]
 NAMES = {
+    "g0_dense": "jingyaogong/minimind-v-v1",
     "g1_dense": "jingyaogong/MiniMind2-V",
     "g2_moe": "jingyaogong/MiniMind2-V",
+    "g3i_dense": "jingyaogong/minimind-3v",
+    "g3p_dense": "jingyaogong/minimind-3v",
     "g3v_dense": "jingyaogong/minimind-3v",
 }
+CASES = [case for case in NAMES if case in original.CASES]
 
 
 def read_folder(folder, names=None):
@@ -53,7 +57,7 @@ def release_of_case(case):
 def model_repository(case, change=0.0):
     """Files of a repository in the original's transformers form."""
     config = read_json(f"{case}/hparams.json")["constructor_args"] | {
-        "model_type": "minimind-v",
+        "model_type": "minimind" if case == "g0_dense" else "minimind-v",
         "auto_map": {"AutoConfig": "model_vlm.VLMConfig", "AutoModelForCausalLM": "model_vlm.MiniMindVLM"},
     }
     files = {"config.json": json.dumps(config).encode(), "pytorch_model.bin": weights(case, change)}
@@ -66,7 +70,7 @@ def tower_repository(case):
     """Files of the tower's repository; CLIP's has no safetensors, but other forms of the weights."""
     folder = GOLDEN / case / "vision_encoder"
     files = read_folder(folder)
-    if case != "g3v_dense":
+    if case in ("g0_dense", "g1_dense", "g2_moe"):
         buffer = io.BytesIO()
         torch.save(load_file(folder / "model.safetensors"), buffer)
         del files["model.safetensors"]
