@@ -82,8 +82,9 @@ def convert_checkpoint(
         checkpoint: A `.pth` file of any release, or a folder or Hub repository in the original's transformers form.
         output: Folder to write. It appears only when it is complete.
         vision_encoder: Folder or Hub repository of the CLIP or SigLIP tower; left out, the checkpoint's own, or else
-            the one that the release was published with, found here or fetched ([`find_parts`]). With a text-only
-            checkpoint it makes a vision-language model with a fresh projector.
+            the one that the release was published with, found here or fetched ([`find_parts`]; without one, a
+            ValueError says how to get it). With a text-only checkpoint it makes a vision-language model with a fresh
+            projector.
         tokenizer: Folder or Hub repository of the original's tokenizer; left out, that of a checkpoint folder, or else
             the one that the release was published with.
         original_config: The original constructor's arguments under its own names, as a dict or JSON file; left out,
@@ -98,9 +99,8 @@ def convert_checkpoint(
 
     Raises:
         FileExistsError: The output exists and is not empty.
-        FileNotFoundError: The checkpoint does not exist.
-        ValueError: Not a checkpoint, or tensors are unknown, missing or of the wrong shape, or there is no tower; the
-            message lists them, or says how to get it.
+        FileNotFoundError: The checkpoint does not exist, or cannot be fetched; the message says what it needs.
+        ValueError: Not a checkpoint, or tensors are unknown, missing or of the wrong shape; the message lists them.
 
     Example:
         >>> print(convert_checkpoint("out/sft_vlm_768.pth", "minimind-3v"))
@@ -113,16 +113,16 @@ def convert_checkpoint(
     with atomic_output(output, overwrite) as folder, bar as progress:
         if not is_local(checkpoint):
             checkpoint = fetch_checkpoint(str(checkpoint), hub=hub)
+        if vision_encoder is not None and not is_local(vision_encoder):
+            vision_encoder = download(str(vision_encoder), hub=hub)
+        if tokenizer is not None and not is_local(tokenizer):
+            tokenizer = download(str(tokenizer), TOKENIZER_FILES, hub=hub)
         state, arguments, files = read_checkpoint(checkpoint)
         if original_config is not None:
             arguments |= read_arguments(original_config)
         release = find_release(release, state, checkpoint)
         advance(progress, "mapping")
         state, decoder, notes = map_tensors(state, release, arguments)
-        if vision_encoder is not None and not is_local(vision_encoder):
-            vision_encoder = download(str(vision_encoder), hub=hub)
-        if tokenizer is not None and not is_local(tokenizer):
-            tokenizer = download(str(tokenizer), TOKENIZER_FILES, hub=hub)
         if tokenizer is None and files is not None and (files / "tokenizer.json").exists():
             tokenizer = files
         has_projector, has_tower = (any(name.startswith(part) for name in state) for part in (PROJECTOR, TOWER))
