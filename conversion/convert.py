@@ -99,7 +99,7 @@ def convert_checkpoint(
 
     Raises:
         FileExistsError: The output exists and is not empty.
-        FileNotFoundError: The checkpoint does not exist, or cannot be fetched; the message says what it needs.
+        FileNotFoundError: The checkpoint does not exist.
         ValueError: Not a checkpoint, or tensors are unknown, missing or of the wrong shape; the message lists them.
 
     Example:
