@@ -278,7 +278,7 @@ def test_from_modelscope(tmp_path):
             assert result.returncode == 0, result.stderr[-2000:]
             assert_same_model(tmp_path / f"ours{number}", "g3v_dense")
         assert not [line for line in server.log if line.endswith(".py")]
-        (tmp_path / "sft.pth").write_bytes(weights("g1_dense"))
+        (tmp_path / "sft.pth").write_bytes(weights("g2_moe"))
         result = run(tmp_path, "convert", "sft.pth", "ours", "--from", "modelscope", offline=True, **variables)
     wanted = (
         "run modelscope download --model openai-mirror/clip-vit-base-patch16 --local_dir ./model/vision_model/clip"
@@ -320,15 +320,16 @@ def test_caption_by_a_name_of_the_original(publish, hub, tmp_path):
 
 
 def test_file_of_the_original_is_converted_again_when_it_changes(online, publish, tmp_path):
-    publish("g3v_dense")
+    publish("g2_moe")
     said = []
-    (tmp_path / "sft.pth").write_bytes(weights("g3v_dense"))
+    (tmp_path / "sft.pth").write_bytes(weights("g2_moe"))
     first = convert_once("sft.pth", said.append)
     assert convert_once(tmp_path / "sft.pth", said.append) == first and len(said) == 1
     assert MiniMindVProcessor.from_pretrained(first).image_token == "<|image_pad|>"
-    (tmp_path / "sft.pth").write_bytes(weights("g3v_dense", change=0.1))
+    (tmp_path / "sft.pth").write_bytes(weights("g2_moe", change=0.1))
     second = convert_once("sft.pth", said.append)
     assert second != first and len(said) == 2
+    publish("g3v_dense")
     folder = write_folder(tmp_path / "minimind-3v", model_repository("g3v_dense"))
     third = convert_once(folder, said.append)
     assert_same_model(third, "g3v_dense")
