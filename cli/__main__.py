@@ -71,6 +71,11 @@ def model_name(text: str) -> str:
     return text
 
 
+def answering_model(text: str) -> str:
+    """Type of an option: as [`model_name`], or a file of weights of the original project."""
+    return text if Path(text).is_file() else model_name(text)
+
+
 # --- Parts of several commands ---------------------------------------------------------------------------------------
 
 
@@ -110,7 +115,12 @@ def answer_options() -> Parser:
     """
     parser = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     add = parser.add_argument_group("how to answer").add_argument
-    add("--model", type=model_name, metavar="FOLDER_OR_REPO", help="checkpoint (default: the embedded model)")
+    add(
+        "--model",
+        type=answering_model,
+        metavar="FOLDER_OR_REPO",
+        help="checkpoint, also one of the original, such as jingyaogong/minimind-3v (default: the embedded model)",
+    )
     add("--greedy", action="store_true", help="always the likeliest token")
     add("--sample", action="store_false", dest="greedy", help="drawn tokens")
     add("--temperature", type=number(float, 0.01), metavar="X", help="below 1 bolder, above 1 wilder (default: 0.65)")
@@ -382,25 +392,30 @@ def add_convert(commands: Commands) -> None:
         commands,
         convert,
         usage="CHECKPOINT OUTPUT [options]",
-        description="Turn a checkpoint of the original MiniMind-V into one that transformers loads, exactly.",
+        description="""\
+Turn a checkpoint of the original MiniMind-V into one that transformers loads, exactly.
+
+Tower and tokenizer are the ones that the release was published with: found
+where its README has them (such as ./model/siglip2-base-p32-256-ve), or else
+fetched from the Hub (or its mirror HF_ENDPOINT).""",
         examples="""\
-  MiniMind-3V, weights only (the tower and the tokenizer come from the original's model folder):
+  from the Hub, or a file of weights:
+    minimind-v convert jingyaogong/minimind-3v minimind-3v
+    minimind-v convert out/sft_vlm_512.pth minimind2-v
+  with parts of your own:
     minimind-v convert sft_vlm_768.pth minimind-3v \\
         --vision-encoder siglip2-base-p32-256-ve --tokenizer minimind-v/model
-  a folder in the original's transformers format:
-    minimind-v convert MiniMind-3V minimind-3v --vision-encoder siglip2-base-p32-256-ve
-  MiniMind2-V (26M), early or late:
-    minimind-v convert sft_vlm_512.pth minimind2-v \\
-        --vision-encoder clip-vit-base-patch16 --tokenizer minimind-v/model
   a text-only MiniMind, to begin training a vision-language model:
-    minimind-v convert llm_768.pth start --vision-encoder siglip2-base-p32-256-ve --tokenizer model""",
+    minimind-v convert llm_768.pth start --vision-encoder siglip2-base-p32-256-ve""",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".pth file, or folder or Hub repository")
     parser.add_argument("output", metavar="OUTPUT", help="folder to write")
     parser.add_argument(
-        "--vision-encoder", metavar="FOLDER_OR_REPO", help="CLIP or SigLIP tower, if the checkpoint has none"
+        "--vision-encoder", metavar="FOLDER_OR_REPO", help="CLIP or SigLIP tower (default: that of the release)"
     )
-    parser.add_argument("--tokenizer", metavar="FOLDER_OR_REPO", help="where the original's tokenizer.json is")
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER_OR_REPO", help="where the tokenizer.json is (default: that of the release)"
+    )
     parser.add_argument(
         "--config",
         dest="original_config",
@@ -410,6 +425,13 @@ def add_convert(commands: Commands) -> None:
     parser.add_argument("--release", help="of the original (default: recognised from the tensors)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: kept as it is")
     parser.add_argument("--overwrite", action="store_true", help="replace an output folder that is not empty")
+    parser.add_argument(
+        "--from",
+        dest="hub",
+        choices=["huggingface", "modelscope"],
+        default="huggingface",
+        help="where to fetch from (default: %(default)s; the other needs the package modelscope)",
+    )
 
 
 def convert(checkpoint: str, output: str, dtype: str | None, **options: Any) -> None:

@@ -23,7 +23,8 @@ from .key_maps import (
     ignored_reason,
     rename_all,
 )
-from .reading import is_local, read_checkpoint
+from .reading import TOKENIZER_FILES, download, is_local, read_checkpoint
+from .sources import fetch_checkpoint, find_parts
 from .tokenizers import IMAGE_TOKEN, IMAGE_TOKEN_IDS, wrap_tokenizer
 from .towers import make_image_processor, read_tower
 
@@ -73,20 +74,25 @@ def convert_checkpoint(
     release: str | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    hub: str = "huggingface",
 ) -> Summary:
     """Turns a checkpoint of the original project into one of this package that computes the same numbers.
 
     Args:
         checkpoint: A `.pth` file of any release, or a folder or Hub repository in the original's transformers form.
         output: Folder to write. It appears only when it is complete.
-        vision_encoder: Folder or Hub repository of the CLIP or SigLIP tower. Needed when the checkpoint has none; with
-            a text-only checkpoint it makes a vision-language model with a fresh projector.
-        tokenizer: Folder or Hub repository of the original's tokenizer; left out, that of a checkpoint folder.
+        vision_encoder: Folder or Hub repository of the CLIP or SigLIP tower; left out, the checkpoint's own, or else
+            the one that the release was published with, found here or fetched ([`find_parts`]; without one, a
+            ValueError says how to get it). With a text-only checkpoint it makes a vision-language model with a fresh
+            projector.
+        tokenizer: Folder or Hub repository of the original's tokenizer; left out, that of a checkpoint folder, or else
+            the one that the release was published with.
         original_config: The original constructor's arguments under its own names, as a dict or JSON file; left out,
             the released ones are assumed.
         release: One of [`RELEASES`]; left out, recognised from the names of the tensors.
         dtype: Of all weights; left out, every tensor keeps its own.
         overwrite: Replace an `output` that is not empty.
+        hub: Where repositories are: `"huggingface"`, or `"modelscope"` with the package modelscope.
 
     Returns:
         What was found and done; `summary.output` is the folder, `print(summary)` shows it all.
@@ -97,20 +103,39 @@ def convert_checkpoint(
         ValueError: Not a checkpoint, or tensors are unknown, missing or of the wrong shape; the message lists them.
 
     Example:
-        >>> print(convert_checkpoint("sft_vlm_768.pth", "minimind-3v", vision_encoder="siglip2-base-p32-256-ve",
-        ...                          tokenizer="minimind-v/model"))
+        >>> print(convert_checkpoint("out/sft_vlm_768.pth", "minimind-3v"))
+        >>> print(convert_checkpoint("jingyaogong/minimind-3v", "minimind-3v"))
     """
     output = Path(output).expanduser()
     checkpoint, vision_encoder = find_source(checkpoint, output), find_source(vision_encoder, output)
     tokenizer, original_config = find_source(tokenizer, output), find_source(original_config, output)
     bar = tqdm(total=4, desc="reading", unit="step", leave=False, disable=None)  # in terminals, until it is done
     with atomic_output(output, overwrite) as folder, bar as progress:
+        if not is_local(checkpoint):
+            checkpoint = fetch_checkpoint(str(checkpoint), hub=hub)
+        if vision_encoder is not None and not is_local(vision_encoder):
+            vision_encoder = download(str(vision_encoder), hub=hub)
+        if tokenizer is not None and not is_local(tokenizer):
+            tokenizer = download(str(tokenizer), TOKENIZER_FILES, hub=hub)
         state, arguments, files = read_checkpoint(checkpoint)
         if original_config is not None:
             arguments |= read_arguments(original_config)
         release = find_release(release, state, checkpoint)
         advance(progress, "mapping")
         state, decoder, notes = map_tensors(state, release, arguments)
+        if tokenizer is None and files is not None and (files / "tokenizer.json").exists():
+            tokenizer = files
+        has_projector, has_tower = (any(name.startswith(part) for name in state) for part in (PROJECTOR, TOWER))
+        found_tower, found_tokenizer, found_notes = find_parts(
+            release,
+            files or Path(checkpoint).parent,
+            needs_tower=vision_encoder is None and has_projector and not has_tower,
+            needs_tokenizer=tokenizer is None,
+            hub=hub,
+        )
+        vision_encoder = vision_encoder or find_source(found_tower, output)
+        tokenizer = tokenizer or find_source(found_tokenizer, output)
+        notes += found_notes
         state, config, vision_notes = add_vision(state, decoder, vision_encoder)
         notes += vision_notes
         advance(progress, "checking")
@@ -123,11 +148,7 @@ def convert_checkpoint(
         advance(progress, "writing")
         folder.mkdir()
         save_model(model, folder)
-        if tokenizer is None and files is not None and (files / "tokenizer.json").exists():
-            tokenizer = files
-        if tokenizer is None:
-            notes.append("no tokenizer was given: the output has no processor; name one with --tokenizer")
-        else:
+        if tokenizer is not None:
             save_processor(model, folder, release, tokenizer, vision_encoder)
         progress.update()
     return Summary(output, release, config, count_parameters(model), notes)

@@ -1,16 +1,46 @@
 """Checkpoints of any form -> tensors: a file, a folder or a Hub repository."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file
 
 from ..common import read_json
 
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".json")
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
+MODELSCOPE = {  # repositories of the Hub that have another name there
+    "jingyaogong/MiniMind2-V": "gongjy/MiniMind2-V",
+    "jingyaogong/minimind-3v": "gongjy/minimind-3v",
+    "jingyaogong/siglip2-base-p16-256-ve": "gongjy/siglip2-base-p16-256-ve",
+    "jingyaogong/siglip2-base-p16-ve": "gongjy/siglip2-base-p16-ve",
+    "jingyaogong/siglip2-base-p32-256-ve": "gongjy/siglip2-base-p32-256-ve",
+    "openai/clip-vit-base-patch16": "openai-mirror/clip-vit-base-patch16",
+    "openai/clip-vit-base-patch32": "openai-mirror/clip-vit-base-patch32",
+}
+
+
+class NotFetchedError(FileNotFoundError):
+    """A repository is not in the cache and cannot be fetched.
+
+    Args:
+        repository: Its name.
+        reason: Why not.
+        commands: Command lines that fetch it, and what goes with it, where there is a connection.
+        advice: What to do then.
+    """
+
+    def __init__(self, repository: str, reason: str, commands: list[str], advice: str = "") -> None:
+        super().__init__(
+            f"{repository} is not in the cache and was not fetched ({reason}). Where there is a connection, run "
+            f"{' && '.join(commands)}{advice}"
+        )
+        self.reason = reason
 
 
 def is_local(source: str | Path) -> bool:
@@ -20,28 +50,91 @@ def is_local(source: str | Path) -> bool:
 
 
 def read_checkpoint(checkpoint: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path | None]:
-    """Reads a file of tensors, or a folder or Hub repository in the form of transformers.
+    """Reads a file of tensors, or a folder in the form of transformers.
 
     Args:
-        checkpoint: `.pth`, `.bin` or `.safetensors` file, folder, or Hub repository. Pickles are read with
-            `weights_only=True`, so that they cannot run code.
+        checkpoint: `.pth`, `.bin` or `.safetensors` file, or folder. Pickles are read with `weights_only=True`, so
+            that they cannot run code.
 
     Returns:
         The tensors by name, the content of `config.json` (empty without one), and the folder (None for a file).
 
     Raises:
-        FileNotFoundError: There is no such file, folder or repository name, or the folder holds no weights.
+        FileNotFoundError: There is no such file or folder, or the folder holds no weights.
         ValueError: The file is not a checkpoint of tensors; the message says why.
     """
     path = Path(checkpoint)
     if path.is_file():
         return read_tensors(path), {}, None
     if not path.is_dir():
-        if is_local(checkpoint):
-            raise FileNotFoundError(f"{checkpoint} is no file, no folder and no Hub repository (user/name).")
-        path = Path(snapshot_download(str(checkpoint), allow_patterns=["*.json", "*.safetensors", "*.bin", "*.txt"]))
+        raise FileNotFoundError(f"{checkpoint} is no file, no folder and no Hub repository (user/name).")
     config = read_json(path / "config.json") if (path / "config.json").exists() else {}
     return {name: tensor for file in weight_files(path) for name, tensor in read_tensors(file).items()}, config, path
+
+
+def download(
+    repository: str, files: list[str] | None = None, revision: str | None = None, hub: str = "huggingface"
+) -> Path:
+    """Folder in the cache with the files of a repository, which are fetched (with a progress bar) if need be.
+
+    Args:
+        repository: On the Hub, or the mirror that HF_ENDPOINT names, or on ModelScope.
+        files: The ones to fetch; left out, configuration, tokenizer and one form of the weights.
+        revision: Branch, tag or commit; left out, the main branch.
+        hub: `"huggingface"` or `"modelscope"`.
+
+    Raises:
+        NotFetchedError: There is no connection, or no such repository.
+        FileNotFoundError: The repository has no weights in the form of transformers.
+        ImportError: The package modelscope is missing.
+    """
+    fetch: Any = snapshot_download if hub == "huggingface" else modelscope_download()
+    name = MODELSCOPE.get(repository, repository) if hub == "modelscope" else repository
+    try:
+        if files is not None:
+            return Path(fetch(name, revision=revision, allow_patterns=files))
+        for weights in ("*.safetensors", "pytorch_model*.bin"):
+            folder = Path(fetch(name, revision=revision, allow_patterns=["*.json", "*.txt", weights]))
+            with contextlib.suppress(FileNotFoundError):
+                weight_files(folder)
+                return folder
+    except OSError as error:
+        own = f"./{name.partition('/')[2]}"
+        command = download_command(repository, files, own, hub)
+        raise NotFetchedError(name, reason_of(error), [command], f", and name the folder {own}") from error
+    raise FileNotFoundError(
+        f"{name} has neither model.safetensors nor pytorch_model.bin. Fetch the file of weights that you mean, and "
+        f"name that: {download_command(repository, ['FILE.pth'], './out', hub)}"
+    )
+
+
+def modelscope_download() -> Any:
+    """The function of the package modelscope that is like `huggingface_hub.snapshot_download`."""
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        advice = "pip install 'minimind-v[modelscope]'"
+        raise ImportError(f"Fetching from ModelScope needs the package modelscope: {advice}") from None
+    return snapshot_download
+
+
+def download_command(repository: str, files: list[str] | None, folder: str, hub: str) -> str:
+    """The command line that fetches files of a repository (None: all) into a folder."""
+    if hub == "modelscope":
+        name = MODELSCOPE.get(repository, repository)
+        words = ["modelscope download --model", name, *(files or []), "--local_dir", folder]
+    else:
+        words = ["hf download", repository, *(files or []), "--local-dir", folder]
+    return " ".join(words)
+
+
+def reason_of(error: OSError) -> str:
+    """Why something was not fetched, in a few words."""
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or it is private"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
+    return str(error).strip().partition("\n")[0]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from transformers import (
 
 from .. import EMBEDDED_MODEL
 from ..common import count_parameters, load_model, load_processor, read_model_type
+from ..conversion import convert_once
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from ..pipeline_minimind_v import FiniteLogits
 
@@ -101,7 +102,8 @@ class Engine:
     """Model, processor and generation settings.
 
     Args:
-        model: Checkpoint folder or Hub repository; left out, the embedded one.
+        model: Checkpoint folder or Hub repository, or one of the original project ([`convert_once`]); left out, the
+            embedded one.
         greedy: Always the likeliest token, instead of drawn ones.
         temperature, top_p, top_k: For drawn ones, as for `generate`; the defaults are the original's.
         repetition_penalty: As for `generate`; left out, the checkpoint's.
@@ -143,7 +145,8 @@ class Engine:
         max_image_pixels: int | None = None,
         allowed_hosts: Sequence[str] | None = None,
     ) -> None:
-        source, state = model or EMBEDDED_MODEL, start_process(device)
+        given, state = model or EMBEDDED_MODEL, start_process(device)
+        source = convert_once(given, tell=note)
         assert state.device is not None  # as it is only before it is set up
         self.device = state.device
         self.model = load_ready(source, self.device, dtype)
@@ -169,7 +172,7 @@ class Engine:
             raise ValueError(f"{source} has no switch for thinking in its chat template. Leave out --(no-)thinking.")
         self.template_options = {} if thinking is None else dict.fromkeys(switches, thinking)
         if state.is_main_process:
-            note(f"{Path(source).resolve().name}: {describe(self.model)}")
+            note(f"{Path(given).resolve().name}: {describe(self.model)}")
 
     def answer(self, inputs: BatchFeature, stream: bool = False) -> list[str]:
         """Answers a left-padded batch of chats, as [`encode`] makes it.

@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from huggingface_hub.utils.sha import git_hash
 
-LARGE = re.compile(r".*\.safetensors$")
+LARGE = re.compile(r".*\.(safetensors|bin|pth)$")
 
 
 @dataclass
@@ -67,6 +67,11 @@ class HubServer(ThreadingHTTPServer):
             "main", {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}, "initial"
         )
         return repository
+
+    def publish(self, repo_id: str, files: dict[str, bytes]) -> str:
+        """Makes these the files of a repository on main, and returns the commit."""
+        repository = self.repositories.get(repo_id) or self.add(repo_id)
+        return repository.commit("main", files, "upload")
 
     def sent(self) -> list[str]:
         """Files that arrived since the last call: `lfs` their contents by LFS, else the operations of commits."""
@@ -323,3 +328,55 @@ ROUTES = [
     (r"PUT /lfs/([0-9a-f]{64})", Handler.lfs_upload),
     (rf"POST /api/models/{REPO}/commit/(.+)", Handler.commit),
 ]
+
+
+class ModelScopeServer(ThreadingHTTPServer):
+    """What the package modelscope asks its own hub for: the list of a repository's files, and files."""
+
+    daemon_threads = True
+
+    def __init__(self, repositories: dict[str, dict[str, bytes]]) -> None:
+        super().__init__(("127.0.0.1", 0), ModelScopeHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.repositories = repositories
+        self.log: list[str] = []
+
+    def __enter__(self) -> "ModelScopeServer":
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+
+class ModelScopeHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: ModelScopeServer
+
+    def handle_request(self) -> None:
+        url = urlsplit(self.path)
+        self.server.log.append(f"{self.command} {unquote(self.path)}")
+        match = re.fullmatch(r"/api/v1/models/([\w.-]+/[\w.-]+)/repo(/files)?", url.path)
+        files = self.server.repositories.get(match[1], {}) if match else {}
+        if match and match[2] and files:
+            listed = [
+                {"Path": path, "Type": "blob", "Size": len(data), "Sha256": hashlib.sha256(data).hexdigest()}
+                for path, data in files.items()
+            ]
+            self.answer(200, json.dumps({"Code": 200, "Success": True, "Data": {"Files": listed}}).encode())
+        elif (path := parse_qs(url.query).get("FilePath", [""])[0]) in files:
+            data = files[path]
+            found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            part = data[int(found[1]) : int(found[2]) + 1 if found[2] else None] if found else data
+            self.answer(206 if found else 200, part)
+        else:
+            self.answer(404, b'{"Code": 404, "Success": false, "Message": "not found"}')
+
+    do_GET = do_HEAD = handle_request
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self, status: int, data: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
