@@ -28,7 +28,7 @@ class MiniMindVProcessor(ProcessorMixin):
     """Turns text with image tokens, and the images, into the inputs of MiniMind-V.
 
     Args:
-        image_processor: CLIP's or SigLIP's image processor, with the size of the tower.
+        image_processor: CLIP's, SigLIP's or SigLIP2's (NaFlex) image processor, with the size of the tower.
         tokenizer: Fast tokenizer, padding on the left for generation.
         image_seq_length: Tokens that one image takes (the model's `config.image_seq_length`); left out, 64.
         image_token: The token that stands for an image in a prompt; left out, `<|image_pad|>`.
@@ -39,7 +39,8 @@ class MiniMindVProcessor(ProcessorMixin):
     after the other, as [`load_image`] does with the attributes `max_image_pixels` and `allowed_hosts`; the latter can
     also be set by the environment variable MINIMIND_V_ALLOWED_HOSTS (names with commas between; empty: none).
 
-    Returns `input_ids`, `attention_mask` `[B, T]` and `pixel_values` `[N, 3, height, width]`, N images in all.
+    Returns `input_ids`, `attention_mask` `[B, T]` and `pixel_values` `[N, 3, height, width]`, N images in all; of
+    NaFlex `pixel_values` `[N, P, pixels of a patch]`, `pixel_attention_mask` `[N, P]` and `spatial_shapes` `[N, 2]`.
 
     Raises:
         ValueError: Image tokens and images of a sample differ in number, truncation would cut an image, the prompt is
@@ -123,14 +124,14 @@ class MiniMindVProcessor(ProcessorMixin):
             )
         options = {"is_cropped": kwargs.get("do_center_crop", getattr(self.image_processor, "do_center_crop", False))}
         options |= {"max_pixels": self.max_image_pixels, "allowed_hosts": self.allowed_hosts}
-        pixel_values: list[Any] = []
+        data: dict[str, list[Any]] = {}
         for i, sample in enumerate(images):
             nested = isinstance(sample, (list, tuple))
             for j, source in enumerate(sample if nested else [sample]):  # one at a time, because they may be huge
                 image = load_image(source, f"image {j} of sample {i}" if nested else f"image {i}", **options)
-                pixel_values += self.image_processor(image, **kwargs | {"return_tensors": None})["pixel_values"]
-        data = {"pixel_values": pixel_values} if pixel_values else {}
-        return data, [self.replace_image_token(data, index) for index in range(len(pixel_values))]
+                for name, values in self.image_processor(image, **kwargs | {"return_tensors": None}).items():
+                    data.setdefault(name, []).extend(values)
+        return data, [self.replace_image_token(data, i) for i in range(len(data.get("pixel_values", ())))]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The text that one `image_token` becomes: as many tokens as the image has features."""
