@@ -97,7 +97,7 @@ def test_impossible_decoders_are_refused(values, message):
         ({"image_token_id": 6400}, r"image_token_id .*vocab_size \(6400\); got 6400"),
         (
             {"projector_merge_size": 3},
-            r"projector_merge_size: 3 positions \(sequence\) cannot be one token; the tower has",
+            r"3 positions \(sequence\) cannot be one token; the tower has 64",
         ),
         ({"projector_merge_size": 0}, "projector_merge_size: 0 positions"),
         ({"projector_merge_size": 2, "projector_merge_order": "block"}, "2 positions .block. cannot be one token"),

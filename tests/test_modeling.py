@@ -264,9 +264,7 @@ def test_wrong_inputs_get_one_clear_error(make_inputs):
 def test_naflex_needs_what_its_processor_gives(make_inputs):
     model, inputs = make_model("naflex"), make_inputs("naflex")
     for name in ("pixel_attention_mask", "spatial_shapes"):
-        with pytest.raises(
-            ValueError, match="also needs pixel_attention_mask and spatial_shapes, which the processor"
-        ):
+        with pytest.raises(ValueError, match="also needs pixel_attention_mask and spatial_shapes"):
             model(**{key: value for key, value in inputs.items() if key != name})
     with pytest.raises(ValueError, match=r"pixel_values must be \[N, 64, 192\]; got \[3, 63, 192\]"):
         model(**inputs | {"pixel_values": inputs["pixel_values"][:, 1:]})
