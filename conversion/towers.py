@@ -76,6 +76,7 @@ def read_tower_config(vision_encoder: str | Path) -> PreTrainedConfig:
     if kind not in TOWERS:
         raise ValueError(f"{vision_encoder} must be a CLIP or SigLIP model; it is a {kind!r}.")
     config = AutoConfig.from_pretrained(vision_encoder, trust_remote_code=False)
+    config.name_or_path = ""  # where it was must not go along into the checkpoint
     return config.vision_config if config.model_type in ("clip", "siglip", "siglip2") else config
 
 

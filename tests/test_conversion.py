@@ -156,6 +156,7 @@ def test_recorded_folder_in_the_originals_transformers_form(case, tmp_path):
         if f"{sub_case}.logits_cols" in expected:
             columns = logits[..., inputs["cols"]]
             torch.testing.assert_close(columns, expected[f"{sub_case}.logits_cols"], atol=2e-4, rtol=1e-4)
+    assert str(GOLDEN) not in (summary.output / "config.json").read_text()
     processor = AutoProcessor.from_pretrained(summary.output)
     assert processor.image_seq_length == hparams["image_token_len"]
     assert processor.image_token_id == model.config.image_token_id
