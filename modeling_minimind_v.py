@@ -11,6 +11,7 @@ Read from the top, this file is a whole vision-language model:
 Shapes: B rows, T tokens, N images in the whole batch, S = `image_seq_length` tokens per image, H = `hidden_size`.
 """
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .configuration_minimind_v import MiniMindConfig, MiniMindVConfig
+from .generation_minimind_v import MiniMindVGenerationMixin
 from .processing_minimind_v import MiniMindVProcessor  # noqa: F401 - a saved model takes along the files it imports
 from .router_loss_minimind_v import number_rows, router_auxiliary_loss
+from .vision_tower_minimind_v import NAFLEX, image_shape
 
 # Pipelines log an error for a model class that is not in these tables.
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["minimind"] = "MiniMindForCausalLM"
@@ -178,16 +181,37 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
 # --- Vision and language ---------------------------------------------------------------------------------------------
 
 
+class MiniMindVPatchMerger(nn.Module):
+    """Several patches become one token, one after the other: `[N, P, W]` -> `[N, P / size, size * W]`."""
+
+    def __init__(self, config: MiniMindVConfig) -> None:
+        super().__init__()
+        self.size, self.order = config.projector_merge_size, config.projector_merge_order
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        images, patches, width = features.shape
+        if self.order == "block":  # a square of patches, top left first; in sequence, it is a part of a row
+            grid, block = math.isqrt(patches), math.isqrt(self.size)
+            features = features.view(images, grid // block, block, grid // block, block, width).transpose(2, 3)
+        return features.reshape(images, patches // self.size, self.size * width)
+
+
 class MiniMindVMultiModalProjector(nn.Sequential):
-    """Tower features `[N, S, tower width]` -> decoder embeddings `[N, S, H]`."""
+    """Tower features `[N, P, tower width]` -> decoder embeddings `[N, S, H]`."""
 
     def __init__(self, config: MiniMindVConfig) -> None:
         width, hidden_size = config.vision_config.hidden_size, config.text_config.hidden_size
+        modules: dict[str, nn.Module] = {}
+        if config.projector_merge_size > 1:
+            modules["merge"] = MiniMindVPatchMerger(config)
+            width *= config.projector_merge_size
         if config.projector_type == "linear":
-            modules = {"linear": nn.Linear(width, hidden_size)}
+            modules["linear"] = nn.Linear(width, hidden_size)
         else:
-            modules = {"norm": nn.LayerNorm(width, eps=1e-5), "linear_1": nn.Linear(width, hidden_size)}
-            modules |= {"act": ACT2FN[config.projector_hidden_act], "linear_2": nn.Linear(hidden_size, hidden_size)}
+            if config.projector_norm:
+                modules["norm"] = nn.LayerNorm(width, eps=1e-5)
+            modules |= {"linear_1": nn.Linear(width, hidden_size), "act": ACT2FN[config.projector_hidden_act]}
+            modules["linear_2"] = nn.Linear(hidden_size, hidden_size)
         super().__init__(OrderedDict(modules))
 
 
@@ -216,17 +240,25 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.FloatTensor,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
-        """Encodes `pixel_values` `[N, 3, height, width]` once, for `mm_encoder_outputs={"image": ...}` of many calls.
+        """Encodes images, given as in [`forward`], once, for `mm_encoder_outputs={"image": ...}` of many calls.
 
         Returns the tower's output; its `pooler_output` is a list with one projected tensor `[S, H]` per image.
         """
-        vision = self.config.vision_config
-        expected = (vision.num_channels, vision.image_size, vision.image_size)
-        if pixel_values.shape[1:] != expected:
+        if pixel_values.shape[1:] != (expected := image_shape(self.config.vision_config)):
             shape = ", ".join(map(str, expected))
             raise ValueError(f"pixel_values must be [N, {shape}]; got {list(pixel_values.shape)}.")
+        if self.config.vision_config.model_type == NAFLEX:
+            if pixel_attention_mask is None or spatial_shapes is None:
+                raise ValueError(
+                    "The tower also needs pixel_attention_mask and spatial_shapes, which the processor returns."
+                )
+            kwargs |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
         return self.project(self.vision_tower(pixel_values, return_dict=True, **kwargs))
 
     def project(self, outputs: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
@@ -265,6 +297,8 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MiniMindVModelOutputWithPast:
@@ -272,7 +306,9 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
 
         Args:
             input_ids: `[B, T]`, or `inputs_embeds` `[B, T, H]`.
-            pixel_values: `[N, 3, height, width]`: all images of the batch, in reading order.
+            pixel_values: `[N, 3, height, width]`: all images of the batch, in reading order. Of a NaFlex tower, their
+                patches `[N, P, pixels of a patch]`, with `pixel_attention_mask` `[N, P]`, where 0 is padding, and
+                `spatial_shapes` `[N, 2]`, the rows and columns of patches.
             mm_encoder_outputs: Instead of `pixel_values`, `{"image": get_image_features(...)}`.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -283,7 +319,9 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, return_dict=True)
+            image_outputs = self.get_image_features(
+                pixel_values, pixel_attention_mask, spatial_shapes, return_dict=True
+            )
 
         image_features = None
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -294,9 +332,9 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         elif is_distributed and (past_key_values is None or not past_key_values.get_seq_length()):
             # Other processes may run the tower now: DDP waits for all gradients, FSDP and ZeRO for all weights. So a
             # batch of text encodes a blank image too, and adds nothing of it.
-            side = self.config.vision_config.image_size
-            blank = inputs_embeds.new_zeros(1, self.config.vision_config.num_channels, side, side)
-            features = self.get_image_features(blank, return_dict=True).pooler_output[0]
+            blank = inputs_embeds.new_zeros(1, *image_shape(self.config.vision_config))
+            mask, one_row = blank.new_ones(blank.shape[:2]), torch.tensor([[1, blank.shape[1]]])  # of NaFlex's patches
+            features = self.get_image_features(blank, mask, one_row, return_dict=True).pooler_output[0]
             inputs_embeds = inputs_embeds + 0 * features.sum().to(inputs_embeds.device)
 
         if use_cache is None and position_ids is not None and past_key_values is None:
@@ -312,7 +350,7 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         return MiniMindVModelOutputWithPast(**outputs, image_hidden_states=image_features)
 
 
-class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, GenerationMixin):
+class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, MiniMindVGenerationMixin):
     """MiniMind-V: text and images in, text out."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -342,6 +380,8 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, GenerationMixi
         labels: torch.LongTensor | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MiniMindVCausalLMOutputWithPast:
@@ -352,6 +392,8 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, GenerationMixi
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -361,43 +403,6 @@ class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, GenerationMixi
             **kwargs,
         )
         return predict_next_tokens(self, outputs, labels, logits_to_keep, attention_mask, position_ids, **kwargs)
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, input_ids: torch.LongTensor | None = None, **kwargs: Any
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        """Repeats rows and their images for beams; the library does so in place and drops images without a place."""
-        images = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if expand_size > 1 and images is not None:
-            self.model.get_placeholder_mask(
-                input_ids, kwargs.get("inputs_embeds"), torch.cat(list(images.pooler_output))
-            )
-            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=images.pooler_output)}
-        return super()._expand_inputs_for_generation(expand_size=expand_size, input_ids=input_ids, **kwargs)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        next_sequence_length: int | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Inputs of one step. In a chat that goes on, the features of images that the cache holds are left out."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        images = (inputs.get("mm_encoder_outputs") or {}).get("image")
-        if is_first_iteration and next_sequence_length is not None and images is not None:
-            features = torch.cat(list(images.pooler_output))
-            mask = self.model.get_placeholder_mask(input_ids, inputs_embeds, features)
-            is_new = mask.nonzero()[:, 1] >= mask.shape[1] - next_sequence_length  # one per feature, in reading order
-            images = BaseModelOutputWithPooling(pooler_output=[features[is_new.to(features.device)]])
-            inputs["mm_encoder_outputs"] = {"image": images}
-        return inputs
 
 
 # Registration makes save_pretrained copy this file, and those it imports, next to the weights.

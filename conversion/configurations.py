@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
+from transformers import CLIPVisionConfig, PreTrainedConfig, Siglip2VisionConfig, SiglipVisionConfig
 
 from ..common import read_json
 from ..configuration_minimind_v import MiniMindConfig
@@ -15,6 +15,7 @@ from .key_maps import LANGUAGE_MODEL, TOWER
 
 # What tensors cannot tell, as the original released it, under the names of our configuration.
 RELEASED = {"rope_theta": 1e6, "max_position_embeddings": 32768, "hidden_act": "silu"}
+RELEASED_MINIMIND1 = {"rope_theta": 1e4, "max_position_embeddings": 1024, "num_attention_heads": 16}
 RELEASED_MINIMIND2 = {"num_attention_heads": 8, "rms_norm_eps": 1e-5}
 RELEASED_MINIMIND2_EXPERTS = {
     "num_experts_per_tok": 2,
@@ -96,11 +97,15 @@ def text_config(
         KeyError: A tensor that tells a size is missing; the key is its name.
         ValueError: The arguments contradict the tensors.
     """
-    is_minimind3, is_moe = release == "minimind3", LAYER + "mlp.gate.weight" in shapes
+    is_minimind3, is_moe = release.startswith("minimind3"), LAYER + "mlp.gate.weight" in shapes
     given = {ARGUMENTS.get(name, name): value for name, value in arguments.items() if value is not None}
     if release == "minimind2-early":
         given["max_position_embeddings"] = 32768  # the length of its table, whatever max_seq_len says
+    if release == "minimind1":
+        given |= {"router_aux_loss_coef": 0.0}  # it computed this loss, but trained without
+        given |= {"max_position_embeddings": given["max_seq_len"]} if "max_seq_len" in given else {}
     released = RELEASED | (RELEASED_MINIMIND3 if is_minimind3 else RELEASED_MINIMIND2)
+    released |= RELEASED_MINIMIND1 if release == "minimind1" else {}
     if is_moe:
         released |= RELEASED_MINIMIND3_EXPERTS if is_minimind3 else RELEASED_MINIMIND2_EXPERTS
     assumed = [f"{name} = {value}" for name, value in released.items() if name not in given]
@@ -142,7 +147,7 @@ def decoder_sizes(shapes: dict[str, torch.Size], heads: int | None) -> dict[str,
 
 
 def expert_sizes(shapes: dict[str, torch.Size]) -> dict[str, int]:
-    """Number and width of the experts; one joint shared expert (the first release) counts as one."""
+    """Number and width of the experts; one joint shared expert (the early releases) counts as one."""
     shared = re.compile(re.escape(LAYER) + r"mlp\.shared_experts\..*up_proj\.weight")
     return {
         "num_experts": shapes[LAYER + "mlp.gate.weight"][0],
@@ -179,21 +184,26 @@ def vision_config(shapes: dict[str, torch.Size]) -> tuple[PreTrainedConfig, list
     Raises:
         ValueError: Its head size is not the usual 64, so the number of heads cannot be told.
     """
-    hidden_size, _, patch_size, _ = shapes[TOWER + "embeddings.patch_embedding.weight"]
+    patches = shapes[TOWER + "embeddings.patch_embedding.weight"]
+    hidden_size, is_naflex = patches[0], len(patches) == 2  # whose patches are a linear layer's, not a convolution's
     if hidden_size % 64:
         raise ValueError(
             f"The number of attention heads of the tower (width {hidden_size}) cannot be told from its tensors. Name "
             "its folder with --vision-encoder; the tensors of the checkpoint are still used."
         )
     is_clip = TOWER + "embeddings.class_embedding" in shapes
-    grid = math.isqrt(shapes[TOWER + "embeddings.position_embedding.weight"][0])  # CLIP's CLS adds one, not a row
+    positions = shapes[TOWER + "embeddings.position_embedding.weight"][0]
+    patch_size = math.isqrt(patches[1] // 3) if is_naflex else patches[2]
     fields: dict[str, Any] = {
         "hidden_size": hidden_size,
         "patch_size": patch_size,
-        "image_size": grid * patch_size,
         "num_hidden_layers": count_layers(shapes, TOWER + "encoder.layers."),
         "num_attention_heads": hidden_size // 64,
         "intermediate_size": shapes[TOWER + "encoder.layers.0.mlp.fc1.weight"][0],
     }
-    config = CLIPVisionConfig(**fields) if is_clip else SiglipVisionConfig(**fields, vision_use_head=False)
+    if is_naflex:
+        config = Siglip2VisionConfig(**fields, num_patches=positions, vision_use_head=False)
+    else:
+        fields["image_size"] = math.isqrt(positions) * patch_size  # CLIP's CLS adds one position, not a row
+        config = CLIPVisionConfig(**fields) if is_clip else SiglipVisionConfig(**fields, vision_use_head=False)
     return config, [f"tower: {hidden_size // 64} heads, activation {config.hidden_act}"]

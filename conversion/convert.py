@@ -12,6 +12,7 @@ from ..common import atomic_output, count_parameters, quiet_library, shorten
 from ..configuration_minimind_v import MiniMindConfig, MiniMindVConfig
 from ..modeling_minimind_v import MiniMindForCausalLM, MiniMindVForConditionalGeneration, MiniMindVMultiModalProjector
 from ..processing_minimind_v import MiniMindVProcessor
+from ..vision_tower_minimind_v import NAFLEX
 from .configurations import read_arguments, text_config
 from .key_maps import (
     LANGUAGE_MODEL,
@@ -26,7 +27,18 @@ from .key_maps import (
 from .reading import TOKENIZER_FILES, download, is_local, read_checkpoint
 from .sources import fetch_checkpoint, find_parts
 from .tokenizers import IMAGE_TOKEN, IMAGE_TOKEN_IDS, wrap_tokenizer
-from .towers import make_image_processor, read_tower
+from .towers import make_image_processor, read_tower, read_tower_config
+
+# What the releases have between tower and decoder, where it is not the default of our configuration, and their towers.
+PROJECTORS = {
+    "minimind1": {"projector_type": "linear", "vision_feature_select_strategy": "full"},
+    "minimind2-early": {"projector_type": "linear"},
+    "minimind2": {"projector_type": "linear"},
+    "minimind3-naflex": {"projector_norm": False, "projector_merge_size": 4, "projector_merge_order": "sequence"},
+    "minimind3-p16": {"projector_merge_size": 4, "projector_merge_order": "block"},
+    "minimind3": {},
+}
+TOWER_KINDS = {"minimind1": "clip_vision_model", "minimind3-naflex": NAFLEX, "minimind3-p16": "siglip_vision_model"}
 
 Source = TypeVar("Source", bound=dict[str, Any] | str | Path | None)
 
@@ -89,7 +101,7 @@ def convert_checkpoint(
             the one that the release was published with.
         original_config: The original constructor's arguments under its own names, as a dict or JSON file; left out,
             the released ones are assumed.
-        release: One of [`RELEASES`]; left out, recognised from the names of the tensors.
+        release: One of [`RELEASES`]; left out, recognised from tensors, arguments and tower.
         dtype: Of all weights; left out, every tensor keeps its own.
         overwrite: Replace an `output` that is not empty.
         hub: Where repositories are: `"huggingface"`, or `"modelscope"` with the package modelscope.
@@ -100,7 +112,8 @@ def convert_checkpoint(
     Raises:
         FileExistsError: The output exists and is not empty.
         FileNotFoundError: The checkpoint does not exist.
-        ValueError: Not a checkpoint, or tensors are unknown, missing or of the wrong shape; the message lists them.
+        ValueError: Not a checkpoint, tensors are unknown, missing or of the wrong shape (the message lists them), or
+            nothing tells which of two releases it is.
 
     Example:
         >>> print(convert_checkpoint("out/sft_vlm_768.pth", "minimind-3v"))
@@ -120,7 +133,7 @@ def convert_checkpoint(
         state, arguments, files = read_checkpoint(checkpoint)
         if original_config is not None:
             arguments |= read_arguments(original_config)
-        release = find_release(release, state, checkpoint)
+        release = find_release(release, state, arguments, vision_encoder, checkpoint)
         advance(progress, "mapping")
         state, decoder, notes = map_tensors(state, release, arguments)
         if tokenizer is None and files is not None and (files / "tokenizer.json").exists():
@@ -170,17 +183,33 @@ def advance(progress: tqdm, step: str) -> None:
     progress.set_description(step)
 
 
-def find_release(release: str | None, state: dict[str, torch.Tensor], checkpoint: str | Path) -> str:
-    """The release that was given, or the one that the names of the tensors tell."""
-    if release is not None and release not in RELEASES:
-        raise ValueError(f"There is no release {release!r}. Choose one of {', '.join(RELEASES)}, or leave it out.")
-    release = release or detect_release(state)
-    if release is None:
+def find_release(
+    release: str | None,
+    state: dict[str, torch.Tensor],
+    arguments: dict[str, Any],
+    vision_encoder: str | Path | None,
+    checkpoint: str | Path,
+) -> str:
+    """The release that was given, or the one that tensors, arguments and tower tell."""
+    if release is not None:
+        if release not in RELEASES:
+            raise ValueError(f"There is no release {release!r}. Choose one of {', '.join(RELEASES)}, or leave it out.")
+        return release
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    releases = detect_release(shapes, arguments)
+    if len(releases) > 1 and vision_encoder is not None:
+        releases = detect_release(shapes, arguments, read_tower_config(vision_encoder).hidden_size)
+    if not releases:
         raise ValueError(
             f"{checkpoint} is not a checkpoint of MiniMind: its tensors are called {sorted(state)[:4]} ... Choose a "
             f"file of one of the releases {', '.join(RELEASES)}."
         )
-    return release
+    if len(releases) > 1:
+        raise ValueError(
+            f"{checkpoint} may be of {' or '.join(releases)}, which have the same names of tensors, and nothing tells "
+            f"them apart. Say which with --release, or give the original's arguments with --config."
+        )
+    return releases[0]
 
 
 def map_tensors(
@@ -229,21 +258,31 @@ def add_vision(
         return {name.replace(LANGUAGE_MODEL, "model."): tensor for name, tensor in state.items()}, decoder, []
     tower, tensors, assumed = read_tower(state, vision_encoder)
     notes = ["assumed, as released: " + ", ".join(assumed)] if assumed else []
-    config = vision_language_config(decoder, tower)
+    config = vision_language_config(decoder, tower, state)
     if not has_projector:
         tensors |= make_projector(config)
         notes.append("text-only checkpoint: the projector is new, with random weights")
     return state | tensors, config, notes
 
 
-def vision_language_config(decoder: MiniMindConfig, tower: PreTrainedConfig) -> MiniMindVConfig:
-    """The whole model's configuration; projector and image token are those of the decoder's release."""
-    return MiniMindVConfig(
-        text_config=decoder,
-        vision_config=tower,
-        image_token_id=IMAGE_TOKEN_IDS[decoder.original_release],
-        projector_type="mlp" if decoder.original_release == "minimind3" else "linear",
-    )
+def vision_language_config(
+    decoder: MiniMindConfig, tower: PreTrainedConfig, state: dict[str, torch.Tensor]
+) -> MiniMindVConfig:
+    """The whole model's configuration; projector and image token are those of the decoder's release.
+
+    Raises:
+        ValueError: The projector in `state` was trained with another kind of tower.
+    """
+    release = decoder.original_release
+    fields: dict[str, Any] = dict(PROJECTORS[release])
+    if any(name.startswith(PROJECTOR) for name in state):
+        expected = TOWER_KINDS.get(release, tower.model_type)
+        if tower.model_type != expected:
+            raise ValueError(f"The vision tower of {release} is a {expected}; it cannot be a {tower.model_type}.")
+        columns = state[PROJECTOR + "linear_1.weight"].shape[1] if "projector_merge_size" in fields else 0
+        if columns and columns % tower.hidden_size == 0:
+            fields["projector_merge_size"] = columns // tower.hidden_size
+    return MiniMindVConfig(text_config=decoder, vision_config=tower, image_token_id=IMAGE_TOKEN_IDS[release], **fields)
 
 
 def make_projector(config: MiniMindVConfig) -> dict[str, torch.Tensor]:
@@ -305,6 +344,6 @@ def save_processor(
     """The processor, or for a text-only model the tokenizer."""
     processor = wrap_tokenizer(tokenizer, release, model.config.get_text_config().max_position_embeddings)
     if isinstance(model, MiniMindVForConditionalGeneration):
-        image_processor = make_image_processor(model.model.vision_tower.config, vision_encoder)
+        image_processor = make_image_processor(model.model.vision_tower.config, vision_encoder, release)
         processor = MiniMindVProcessor(image_processor, processor, model.config.image_seq_length, IMAGE_TOKEN)
     processor.save_pretrained(folder)

@@ -1,20 +1,25 @@
-"""Names of tensors: the three releases of the original project, and this package.
+"""Names of tensors: the releases of the original project, and this package.
 
 A table has one line per kind of tensor, original name left, our name right; `*` stands for what both have in common.
 Reading and writing use the same table. What a name alone cannot say is written out below it: the row order of q and k
-in the first release, and the experts, which are one tensor here and one file entry each there.
+in the first two releases, and the experts, which are one tensor here and one file entry each there.
 """
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 RELEASES = {
+    "minimind1": "MiniMind-V-v1 of 2024-10 to 2025-02 (names of minimind2-early, 16 heads; CLIP with CLS)",
     "minimind2-early": "MiniMind2-V of 2025-02 (tok_embeddings, layers.N.attention.wq; CLIP)",
     "minimind2": "MiniMind2-V of 2025-04 to 2025-12 (model.layers.N.self_attn.q_proj; CLIP)",
-    "minimind3": "MiniMind-3V of 2026-04 and later (q/k norm; SigLIP, mlp projector)",
+    "minimind3-naflex": "MiniMind-3V of 2026-04-01 (q/k norm; SigLIP2 NaFlex, mlp projector of four patches, no norm)",
+    "minimind3-p16": "MiniMind-3V of 2026-04-19 (q/k norm; SigLIP, mlp projector of 2 x 2 patches)",
+    "minimind3": "MiniMind-3V of 2026-04-20 and later (q/k norm; SigLIP, mlp projector)",
 }
+EARLY_RELEASES = ("minimind1", "minimind2-early")  # one naming, and q and k for pairs that stand side by side
 LANGUAGE_MODEL, TOWER, PROJECTOR = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector."
 LAYER = LANGUAGE_MODEL + "layers.*."
 EARLY = {
@@ -47,9 +52,15 @@ LATER = {
 VISION = {
     "vision_encoder.vision_model.*": TOWER + "*",
     "vision_proj.vision_proj.0.*": PROJECTOR + "linear.*",
+}
+MLP = {
     "vision_proj.mlp.0.*": PROJECTOR + "norm.*",
     "vision_proj.mlp.1.*": PROJECTOR + "linear_1.*",
     "vision_proj.mlp.3.*": PROJECTOR + "linear_2.*",
+}
+MLP_WITHOUT_NORM = {
+    "vision_proj.mlp.0.*": PROJECTOR + "linear_1.*",
+    "vision_proj.mlp.2.*": PROJECTOR + "linear_2.*",
 }
 # Read and dropped, with the reason that the summary gives.
 IGNORED = {
@@ -59,22 +70,51 @@ IGNORED = {
     r".*mask.*": "masks, which the original drops as well",
 }
 EXPERT = re.compile(r"(.*\.mlp\.)experts\.\d+\.gate_proj\.weight")
-SHARED_EXPERT = re.compile(r"(.*\.mlp\.)shared_experts\.\d+\.gate_proj\.weight")  # the first release has only one
+SHARED_EXPERT = re.compile(r"(.*\.mlp\.)shared_experts\.\d+\.gate_proj\.weight")  # the early releases have only one
 QUERY_OR_KEY = re.compile(re.escape(LANGUAGE_MODEL) + r".*self_attn\.[qk]_proj\.weight")
 PARTS = ("gate", "up", "down")
 
 
-def detect_release(names: Iterable[str]) -> str | None:
-    """The release that uses these tensor names, or None."""
-    names = set(names)
-    if "tok_embeddings.weight" in names:
-        return "minimind2-early"
-    if "model.embed_tokens.weight" not in names:
-        return None
-    is_minimind3 = any(
-        name.endswith("self_attn.q_norm.weight") or name.startswith("vision_proj.mlp.") for name in names
-    )
-    return "minimind3" if is_minimind3 else "minimind2"
+def detect_release(
+    shapes: dict[str, torch.Size], arguments: dict[str, Any], tower_width: int | None = None
+) -> list[str]:
+    """The releases that a checkpoint may be of: none, one, or two that nothing tells apart.
+
+    Args:
+        shapes: Shapes of the tensors under the original's names.
+        arguments: What is known of the original constructor's arguments.
+        tower_width: Width of the vision tower, if it is known.
+    """
+    if "tok_embeddings.weight" in shapes:
+        return detect_early_release(shapes, arguments)
+    if "model.embed_tokens.weight" not in shapes:
+        return []
+    if "vision_proj.mlp.2.weight" in shapes:
+        return ["minimind3-naflex"]
+    if norm := shapes.get("vision_proj.mlp.0.weight"):
+        return detect_merging(norm[0], arguments.get("image_hidden_size") or tower_width)
+    return ["minimind3" if any(name.endswith("self_attn.q_norm.weight") for name in shapes) else "minimind2"]
+
+
+def detect_early_release(shapes: dict[str, torch.Size], arguments: dict[str, Any]) -> list[str]:
+    """Which of the two releases with the same names: by their arguments, else by the heads that were released."""
+    image = {*(arguments.get("image_special_token") or ()), *(arguments.get("image_ids") or ())}
+    if image & {"<", 30}:
+        return ["minimind1"]
+    if image & {"@", 34} or "rope_theta" in arguments:  # which minimind1 has not
+        return ["minimind2-early"]
+    signs = {"minimind1"} if "dim" in arguments else set()  # they are all there, and rope_theta is not
+    q, k = (shapes.get(f"layers.0.attention.{name}.weight") for name in ("wq", "wk"))
+    query_heads_per_key = q[0] / k[0] if q and k else None
+    signs |= {2: {"minimind1"}, 4: {"minimind2-early"}}.get(query_heads_per_key, set())
+    return list(signs if len(signs) == 1 else EARLY_RELEASES)
+
+
+def detect_merging(norm_width: int, tower_width: int | None) -> list[str]:
+    """Whether the projector merges patches: its norm is then several times as wide as the tower (released: 768)."""
+    if tower_width and norm_width % tower_width == 0:
+        return ["minimind3" if norm_width == tower_width else "minimind3-p16"]
+    return {768: ["minimind3"], 4 * 768: ["minimind3-p16"]}.get(norm_width, ["minimind3-p16", "minimind3"])
 
 
 def ignored_reason(name: str) -> str | None:
@@ -84,7 +124,9 @@ def ignored_reason(name: str) -> str | None:
 
 def rename(name: str, release: str, to_original: bool = False) -> str | None:
     """Our name of an original tensor (or the other way round); None if there is none."""
-    for original, ours in ((EARLY if release == "minimind2-early" else LATER) | VISION).items():
+    language_model = EARLY if release in EARLY_RELEASES else LATER
+    mlp = MLP_WITHOUT_NORM if release == "minimind3-naflex" else MLP
+    for original, ours in (language_model | VISION | mlp).items():
         source, target = (ours, original) if to_original else (original, ours)
         if match := re.fullmatch(re.escape(source).replace(r"\*", "(.+?)"), name):
             parts = iter(match.groups())
@@ -98,7 +140,7 @@ def rename_all(names: Iterable[str], release: str, to_original: bool = False) ->
 
 
 def rotate_rows(weight: torch.Tensor, head_dim: int, to_original: bool = False) -> torch.Tensor:
-    """Row order of q and k `[heads * head_dim, hidden]`: the first release rotates adjacent pairs, others halves."""
+    """Row order of q and k `[heads * head_dim, hidden]`: the early releases rotate adjacent pairs, others halves."""
     pairs = (2, head_dim // 2) if to_original else (head_dim // 2, 2)
     return weight.view(-1, *pairs, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
@@ -113,7 +155,7 @@ def from_original(state: dict[str, torch.Tensor], release: str, head_dim: int) -
     """
     names = rename_all(state, release)
     out = {names[name]: tensor for name, tensor in state.items()}
-    if release == "minimind2-early":
+    if release in EARLY_RELEASES:
         out = {n: rotate_rows(t, head_dim) if QUERY_OR_KEY.fullmatch(n) else t for n, t in out.items()}
     for prefix in sorted({match[1] for match in map(EXPERT.fullmatch, out) if match}):
         experts = pop_experts(out, prefix + "experts.")
@@ -154,12 +196,12 @@ def to_original(
                 split |= {f"{prefix}experts.{i}.gate_proj.weight": gate, f"{prefix}experts.{i}.up_proj.weight": up}
         elif name.endswith(".mlp.experts.down_proj"):
             split |= {f"{prefix}experts.{i}.down_proj.weight": expert for i, expert in enumerate(tensor)}
-        elif ".mlp.shared_experts." in name and release != "minimind2-early":
+        elif ".mlp.shared_experts." in name and release not in EARLY_RELEASES:
             chunks = tensor.chunk(num_shared_experts, dim=shared_dimension(matrix.partition("_")[0]))
             split |= {f"{prefix}experts.{i}.{matrix}": chunk for i, chunk in enumerate(chunks)}
         else:
             split[name] = tensor
-    if release == "minimind2-early":
+    if release in EARLY_RELEASES:
         split = {n: rotate_rows(t, head_dim, True) if QUERY_OR_KEY.fullmatch(n) else t for n, t in split.items()}
     names = rename_all(split, release, to_original=True)
     return {names[name]: tensor.contiguous() for name, tensor in split.items()}

@@ -12,11 +12,15 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionModel,
     PreTrainedConfig,
+    Siglip2ImageProcessorPil,
+    Siglip2VisionModel,
     SiglipImageProcessorPil,
     SiglipVisionModel,
 )
+from transformers.image_utils import SizeDict
 
 from ..common import load_model, read_model_type
+from ..vision_tower_minimind_v import NAFLEX
 from .configurations import vision_config
 from .key_maps import TOWER
 
@@ -25,6 +29,8 @@ TOWERS = {
     "clip_vision_model": CLIPVisionModel,
     "siglip": SiglipVisionModel,
     "siglip_vision_model": SiglipVisionModel,
+    "siglip2": Siglip2VisionModel,
+    "siglip2_vision_model": Siglip2VisionModel,
 }
 
 
@@ -53,16 +59,25 @@ def read_tower(
             )
         config, assumed = vision_config(shapes)
         return config, {}, assumed
+    config = read_tower_config(vision_encoder)
+    tensors = {} if shapes else read_tower_tensors(vision_encoder, config)
+    if config.model_type != "clip_vision_model":
+        config.vision_use_head = False  # the decoder reads the patches
+    return config, tensors, []
+
+
+def read_tower_config(vision_encoder: str | Path) -> PreTrainedConfig:
+    """Configuration of a CLIP or SigLIP model's tower.
+
+    Raises:
+        ValueError: It is of another kind.
+    """
     kind = read_model_type(vision_encoder)
     if kind not in TOWERS:
         raise ValueError(f"{vision_encoder} must be a CLIP or SigLIP model; it is a {kind!r}.")
     config = AutoConfig.from_pretrained(vision_encoder, trust_remote_code=False)
-    if config.model_type in ("clip", "siglip"):
-        config = config.vision_config
-    tensors = {} if shapes else read_tower_tensors(vision_encoder, config)
-    if config.model_type == "siglip_vision_model":
-        config.vision_use_head = False  # the decoder reads the patches
-    return config, tensors, []
+    config.name_or_path = ""  # where it was must not go along into the checkpoint
+    return config.vision_config if config.model_type in ("clip", "siglip", "siglip2") else config
 
 
 def read_tower_tensors(vision_encoder: str | Path, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
@@ -72,11 +87,25 @@ def read_tower_tensors(vision_encoder: str | Path, config: PreTrainedConfig) -> 
     return {TOWER + name: tensor for name, tensor in state.items() if not name.startswith("head.")}
 
 
-def make_image_processor(config: PreTrainedConfig, vision_encoder: str | Path | None) -> BaseImageProcessor:
+def make_image_processor(
+    config: PreTrainedConfig, vision_encoder: str | Path | None, release: str
+) -> BaseImageProcessor:
     """The image processor of `vision_encoder`, or the usual one for a tower of this configuration."""
+    processor = None
     if vision_encoder is not None:
         with contextlib.suppress(OSError):
-            return AutoImageProcessor.from_pretrained(vision_encoder, backend="pil", trust_remote_code=False)
+            processor = AutoImageProcessor.from_pretrained(vision_encoder, backend="pil", trust_remote_code=False)
+    processor = processor or usual_image_processor(config)
+    if release == "minimind1":  # squashes images to squares, where CLIP crops them
+        processor.size = SizeDict(height=config.image_size, width=config.image_size)
+        processor.do_center_crop = False
+    return processor
+
+
+def usual_image_processor(config: PreTrainedConfig) -> BaseImageProcessor:
+    """That of the model family."""
+    if config.model_type == NAFLEX:
+        return Siglip2ImageProcessorPil(patch_size=config.patch_size, max_num_patches=config.num_patches)
     side = config.image_size
     if config.model_type == "clip_vision_model":
         return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..common import atomic_output
 from ..conversion.key_maps import TOWER, to_original
@@ -31,10 +32,19 @@ def export_to_original(
     """
     state, config = read_own_checkpoint(checkpoint)
     text, output = config.get_text_config(), Path(output)
-    release = getattr(text, "original_release", None) or ("minimind3" if text.use_qk_norm else "minimind2")
+    release = getattr(text, "original_release", None) or nearest_release(config)
     if not include_tower:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(TOWER)}
     state = to_original(state, release, text.head_dim, text.num_shared_experts)
     with atomic_output(output, overwrite) as file:
         torch.save(state, file)
     return output
+
+
+def nearest_release(config: PreTrainedConfig) -> str:
+    """The newest release with the architecture of a configuration of this package."""
+    if not config.get_text_config().use_qk_norm:
+        return "minimind2"
+    if not getattr(config, "projector_norm", True):
+        return "minimind3-naflex"
+    return "minimind3-p16" if getattr(config, "projector_merge_size", 1) > 1 else "minimind3"

@@ -15,7 +15,12 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast, SiglipImageProcessorPil
+from transformers import (
+    CLIPImageProcessorPil,
+    PreTrainedTokenizerFast,
+    Siglip2ImageProcessorPil,
+    SiglipImageProcessorPil,
+)
 
 from minimind_v import MiniMindConfig, MiniMindVConfig, MiniMindVForConditionalGeneration, MiniMindVProcessor
 
@@ -35,8 +40,15 @@ CHAT_TEMPLATE = (
 TOWERS = {
     "clip": {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8},
     "siglip": {"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8, "vision_use_head": False},
+    "blocks": {"model_type": "siglip_vision_model", "image_size": 64, "patch_size": 8, "vision_use_head": False},
+    "naflex": {"model_type": "siglip2_vision_model", "num_patches": 64, "patch_size": 8, "vision_use_head": False},
 }
-KINDS = [(tower, moe) for tower in TOWERS for moe in (False, True)]
+PROJECTORS = {
+    "clip": {"projector_type": "linear"},
+    "blocks": {"projector_merge_size": 4, "projector_merge_order": "block"},
+    "naflex": {"projector_merge_size": 4, "projector_norm": False},
+}
+KINDS = [("clip", False), ("clip", True), ("siglip", False), ("siglip", True), ("blocks", False), ("naflex", False)]
 IDS = [f"{tower}-{'experts' if moe else 'dense'}" for tower, moe in KINDS]
 
 
@@ -51,11 +63,12 @@ def make_text_config(moe=False, **changes):
 
 def make_config(tower="siglip", moe=False, projector_type=None, **text_changes):
     vision = TOWERS[tower] | {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    projector = PROJECTORS.get(tower, {}) | ({"projector_type": projector_type} if projector_type else {})
     return MiniMindVConfig(
         text_config=make_text_config(moe, **text_changes),
         vision_config=vision | {"num_hidden_layers": 2},
         image_token_id=3,
-        projector_type=projector_type or ("linear" if tower == "clip" else "mlp"),
+        **projector,
     )
 
 
@@ -99,8 +112,11 @@ def make_processor(tokenizer_object):
         if tower == "clip":
             size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
             image_processor = CLIPImageProcessorPil(**size)
+        elif tower == "naflex":
+            image_processor = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=64)
         else:
-            image_processor = SiglipImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3)
+            side = TOWERS[tower]["image_size"]
+            image_processor = SiglipImageProcessorPil(size={"height": side, "width": side}, image_mean=[0.5] * 3)
         arguments = {"image_seq_length": 16, "chat_template": CHAT_TEMPLATE} | changes
         return MiniMindVProcessor(image_processor, tokenizer, **arguments)
 
@@ -131,6 +147,13 @@ def user(*parts):
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
     ]
     return {"role": "user", "content": content}
+
+
+def split_images(inputs, images=slice(None)):
+    """Model inputs without images, and those of (some of) the images."""
+    names = [name for name in inputs if name.startswith("pixel_") or name == "spatial_shapes"]
+    rest = {name: value for name, value in inputs.items() if name not in names}
+    return rest, {name: inputs[name][images] for name in names}
 
 
 @pytest.fixture

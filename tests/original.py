@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import interpolate, pad
 from transformers import AutoModelForCausalLM
 
 from minimind_v import MiniMindVForConditionalGeneration
@@ -18,8 +19,16 @@ from minimind_v.conversion.tokenizers import IMAGE_TOKEN_IDS
 # All that was recorded stands beside the repository; a part of it, one case of each kind, is in the repository.
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "golden"
 GOLDEN = SHARED if SHARED.is_dir() else Path(__file__).parent / "golden"
-GOLDEN_IDS = {"G1": "minimind2-early", "G2": "minimind2", "G4": "minimind3"}  # recorded id -> release
-TOKENIZERS = {"minimind2-early": "minimind2", "minimind2": "minimind2_im", "minimind3": "minimind3"}
+GOLDEN_IDS = {  # recorded id -> release
+    "G0": "minimind1",
+    "G1": "minimind2-early",
+    "G2": "minimind2",
+    "G3i": "minimind3-naflex",
+    "G3p": "minimind3-p16",
+    "G4": "minimind3",
+}
+TOKENIZERS = dict.fromkeys(GOLDEN_IDS.values(), "minimind3")
+TOKENIZERS |= {"minimind1": "minimind1", "minimind2-early": "minimind2", "minimind2": "minimind2_im"}
 CONVERTED = tempfile.TemporaryDirectory(prefix="minimind-v-converted-")  # removed with the process
 
 
@@ -28,7 +37,10 @@ def recorded(*names: str) -> list[str]:
     return [name for name in names if (GOLDEN / name).is_dir()]
 
 
-CASES = recorded("g1_dense", "g1_moe", "g2_dense", "g2_moe", "g3v_dense", "g3v_moe")
+CASES = recorded(
+    *("g0_dense", "g0_moe", "g1_dense", "g1_moe", "g2_dense", "g2_moe"),
+    *("g3i_dense", "g3i_moe", "g3p_dense", "g3v_dense", "g3v_moe"),
+)
 assert {"g1_dense", "g2_moe", "g3v_dense", "g3v_moe"} <= set(CASES), f"{GOLDEN} is not complete"
 
 
@@ -63,9 +75,14 @@ def load_case(case: str, **changes: Any) -> tuple[MiniMindVForConditionalGenerat
     return model, hparams
 
 
-def with_image_token(ids: list[int], release: str, recorded_id: int, length: int) -> list[int]:
-    """Recorded ids with our image token where the original writes a whole image, `length` times `recorded_id`."""
-    ids, placeholder = list(ids), [recorded_id] * length
+def placeholder_ids(record: dict) -> list[int]:
+    """What the original writes in the place of an image, as recorded with a case."""
+    return record.get("image_token_ids") or [record["image_token_id"]] * record["image_token_len"]
+
+
+def with_image_token(ids: list[int], release: str, placeholder: list[int]) -> list[int]:
+    """Recorded ids with our image token where the original writes a whole image."""
+    ids, length = list(ids), len(placeholder)
     start = 0
     while start <= len(ids) - length:
         if ids[start : start + length] == placeholder:
@@ -78,12 +95,29 @@ def with_image_token(ids: list[int], release: str, recorded_id: int, length: int
 
 def our_input_ids(input_ids: torch.Tensor, hparams: dict) -> torch.Tensor:
     """Recorded input ids `[B, T]` of a case as our model takes them, see [`with_image_token`]."""
-    image = (release_of(hparams), hparams["image_token_id"], hparams["image_token_len"])
-    return torch.tensor([with_image_token(row, *image) for row in input_ids.tolist()])
+    release, placeholder = release_of(hparams), placeholder_ids(hparams)
+    return torch.tensor([with_image_token(row, release, placeholder) for row in input_ids.tolist()])
+
+
+def recorded_images(tensors: dict[str, torch.Tensor], sub_case: str, hparams: dict) -> dict[str, torch.Tensor]:
+    """The images of a sub-case, as the model takes them."""
+    images = [image for name in ("images_small", "image_2_small") for image in tensors.get(name, ())]
+    images = [images[i] for i in tensors[f"{sub_case}.image_index"].flatten()]
+    images = [interpolate(image[None], scale_factor=4, mode="nearest")[0] for image in images]
+    if "num_patches" not in hparams["vision"]:
+        return {"pixel_values": torch.stack(images)}
+    count, size = hparams["vision"]["num_patches"], hparams["vision"]["patch_size"]
+    shapes = torch.tensor([[side // size for side in image.shape[1:]] for image in images])
+    # [3, height, width] -> [patches, size * size * 3], and zeros for the patches that are not there
+    patches = [image.unfold(1, size, size).unfold(2, size, size).permute(1, 2, 3, 4, 0) for image in images]
+    patches = [patch.reshape(-1, size * size * 3) for patch in patches]
+    patches = [pad(patch, (0, 0, 0, count - len(patch))) for patch in patches]
+    mask = torch.arange(count) < shapes.prod(1, keepdim=True)
+    return {"pixel_values": torch.stack(patches), "pixel_attention_mask": mask.int(), "spatial_shapes": shapes}
 
 
 def find_gradient(model: MiniMindVForConditionalGeneration, original_name: str) -> torch.Tensor:
-    """Gradient of the tensor that the original calls so. (The row order of the first release's q and k is kept.)"""
+    """Gradient of the tensor that the original calls so. (The row order of the early releases' q and k is kept.)"""
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     name = rename(original_name, model.config.text_config.original_release)
     width = model.config.text_config.moe_intermediate_size

@@ -95,6 +95,20 @@ def test_impossible_decoders_are_refused(values, message):
         ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy(.|\n)*cls"),
         ({"vision_feature_select_strategy": "default"}, "must be 'full': the tower has no CLS token"),
         ({"image_token_id": 6400}, r"image_token_id .*vocab_size \(6400\); got 6400"),
+        (
+            {"projector_merge_size": 3},
+            r"3 positions \(sequence\) cannot be one token; the tower has 64",
+        ),
+        ({"projector_merge_size": 0}, "projector_merge_size: 0 positions"),
+        ({"projector_merge_size": 2, "projector_merge_order": "block"}, "2 positions .block. cannot be one token"),
+        (
+            {"projector_merge_order": "block", "vision_config": {"model_type": "siglip2_vision_model"}},
+            "1 positions .block. cannot be one token",
+        ),
+        (
+            {"projector_merge_size": 4, "vision_feature_select_strategy": "full", "vision_config": CLIPConfig()},
+            "the tower has 50 positions",
+        ),
         ({"vision_config": {"image_size": [64, 32]}}, r"square images only; got image_size \[64, 32\]"),
     ],
 )

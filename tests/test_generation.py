@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import IDS, KINDS, make_model, picture, user
+from conftest import IDS, KINDS, make_model, picture, split_images, user
 from packaging.version import Version
 from transformers import DynamicCache, TextIteratorStreamer
 
@@ -127,8 +127,8 @@ def test_continuing_from_a_past_cache(setup, encode, pictures):
     turn = [user(pictures[3], "And this?")]
     tail = encode(processor, turn)
     inputs = {
-        "input_ids": torch.cat([told, tail["input_ids"]], 1),
-        "pixel_values": torch.cat([first["pixel_values"], tail["pixel_values"]]),
+        name: torch.cat([value, tail[name]], 1 if name in ("input_ids", "attention_mask") else 0)
+        for name, value in {**first, "input_ids": told}.items()
     }
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     assert answer and cache.get_seq_length() == told.shape[1] - 1
@@ -140,7 +140,7 @@ def test_continuing_when_all_pictures_are_in_the_cache(setup, encode):
     first = encode(processor, chats[0])
     cache = DynamicCache(config=model.config.get_text_config())
     told = model.generate(**first, past_key_values=cache, do_sample=False, max_new_tokens=5)
-    inputs = {"input_ids": torch.cat([told, told[:, -4:]], 1), "pixel_values": first["pixel_values"]}
+    inputs = {**first, "input_ids": torch.cat([told, told[:, -4:]], 1)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     assert answers(model, inputs, past_key_values=cache) == answers(model, inputs)
 
@@ -157,7 +157,8 @@ def test_features_computed_once_serve_many_questions(setup, encode, options):
     model, processor, chats = setup
     inputs = encode(processor, chats[1])
     expected = answers(model, inputs, **options)
-    features = model.get_image_features(inputs.pop("pixel_values"))
+    inputs, images = split_images(inputs)
+    features = model.get_image_features(**images)
     assert [tuple(image.shape) for image in features.pooler_output] == [(16, 32)] * 2
     tower_calls = []
     model.model.vision_tower.register_forward_hook(lambda *_: tower_calls.append(1))
@@ -169,12 +170,8 @@ def test_features_computed_once_serve_many_questions(setup, encode, options):
 def test_embeddings_instead_of_ids(setup, encode):
     model, processor, chats = setup
     inputs = encode(processor, chats[1])
-    embeds = model.get_input_embeddings()(inputs["input_ids"])
-    given = {
-        "inputs_embeds": embeds,
-        "attention_mask": inputs["attention_mask"],
-        "pixel_values": inputs["pixel_values"],
-    }
+    given = {name: value for name, value in inputs.items() if name != "input_ids"}
+    given["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"])
     for options in ({}, {"num_beams": 3}):
         options |= {"do_sample": False, "max_new_tokens": NEW_TOKENS}
         assert model.generate(**given, **options).tolist() == answers(model, inputs, **options)

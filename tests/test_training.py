@@ -15,17 +15,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import caption_row, make_model, picture, png, write_jsonl
-from original import GOLDEN, read_json
-from transformers import SiglipImageProcessorPil
+from conftest import caption_row, make_model, picture, png, user, write_jsonl
+from original import GOLDEN, convert_case, load_case, read_json, recorded
+from transformers import AutoProcessor, SiglipImageProcessorPil
 
-from minimind_v import MiniMindVProcessor
+from minimind_v import MiniMindVForConditionalGeneration, MiniMindVProcessor
 from minimind_v.conversion.tokenizers import wrap_tokenizer
 from minimind_v.training import MiniMindVDataCollator, MiniMindVDataset, freeze
 from minimind_v.training.check import inspect_rows
 from minimind_v.training.data import images_of, normalize_row
 from minimind_v.training.image_features import ImageFeatureCache, pass_features_through
 from minimind_v.training.stages import add_lora, merge_lora
+from minimind_v.vision_tower_minimind_v import image_shape
 
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no ../shared/golden beside the repository")
 
@@ -241,13 +242,14 @@ def test_batch_of_mixed_rows(processor):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("moe", [False, True])
-def test_packed_rows_have_the_loss_of_separate_ones(moe, attention, processor):
+@pytest.mark.parametrize("tower, moe", [("siglip", False), ("siglip", True), ("blocks", False), ("naflex", False)])
+def test_packed_rows_have_the_loss_of_separate_ones(tower, moe, attention, make_processor):
+    processor = make_processor(tower)
     rows = [caption_row(picture(0)), caption_row(picture(1), "A longer question about it?", "A dog."), {
         "messages": [{"role": "user", "content": "No picture"}, {"role": "assistant", "content": "Right."}]
     }]  # fmt: skip
     items = [{"messages": normalize_row(row)} for row in rows]
-    model = make_model(moe=moe, router_aux_loss_type="batch", router_aux_loss_coef=0.0).train()
+    model = make_model(tower, moe, router_aux_loss_type="batch", router_aux_loss_coef=0.0).train()
     model.set_attn_implementation(attention)
     separate = MiniMindVDataCollator(processor)(items)
     packed = MiniMindVDataCollator(processor, packing=True)(items)
@@ -354,7 +356,7 @@ def test_the_frozen_tower_builds_no_graph(processor, folder, tmp_path):
 # --- Cached image features ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tower", ["siglip", "clip"])
+@pytest.mark.parametrize("tower", ["siglip", "clip", "blocks", "naflex"])
 def test_cached_features_give_the_same_loss(tower, make_processor, folder, tmp_path):
     """Pictures as files, bytes and objects, several in a row, and a row of text; loss and gradients are equal."""
     processor = make_processor(tower)
@@ -367,16 +369,49 @@ def test_cached_features_give_the_same_loss(tower, make_processor, folder, tmp_p
     cache = ImageFeatureCache(tmp_path / "features", model, processor)
     cache.fill(dataset)
     pass_features_through(model)
+    positions = {"siglip": 16, "clip": 17}.get(tower, 64)
     gradients = []
     for features in (None, cache):
         batch = MiniMindVDataCollator(processor, image_features=features)([dataset[i] for i in range(3)])
-        assert batch["pixel_values"].ndim == (4 if features is None else 3)
+        shape = (positions, 32) if features else image_shape(model.config.vision_config)
+        assert batch["pixel_values"].shape[1:] == shape
+        assert ("spatial_shapes" in batch) == (tower == "naflex" and features is None)
         model.zero_grad()
         loss = model(**batch).loss
         loss.backward()
         gradients.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)
     assert len(gradients[0]) > 10
+
+
+@pytest.mark.parametrize("case", recorded("g0_dense", "g0_moe", "g3i_moe", "g3p_dense"))
+def test_converted_releases_are_trained_and_answer(case, tmp_path):
+    """Packed and with cached features the same loss, in beams the same answers, and saved the same model."""
+    model, processor = load_case(case)[0].train(), AutoProcessor.from_pretrained(convert_case(case))
+    model.config.text_config.router_aux_loss_coef = 0.0  # experts balance over a batch, which packing changes
+    freeze(model, "sft")
+    two = [user(picture(2), "and", picture(3, (90, 20))), {"role": "assistant", "content": "Two."}]
+    rows = MiniMindVDataset([caption_row(picture(1, (30, 80))), {"messages": two}, {"messages": [user("Hi"), two[1]]}])
+    items, cache = [rows[i] for i in range(3)], ImageFeatureCache(tmp_path / "features", model, processor)
+    cache.fill(rows)
+    losses = [model(**MiniMindVDataCollator(processor, packing=packing)(items)).loss for packing in (False, True)]
+    pass_features_through(model)
+    losses.append(model(**MiniMindVDataCollator(processor, image_features=cache)(items)).loss)
+    torch.testing.assert_close(torch.stack(losses), losses[0].expand(3), atol=1e-5, rtol=1e-5)
+    losses[0].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+    model.eval().save_pretrained(tmp_path / "saved")
+    loaded = MiniMindVForConditionalGeneration.from_pretrained(tmp_path / "saved").eval().double()
+    loaded.set_experts_implementation("eager")  # the grouped kernel has no float64
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": {"padding": True}}
+    chats = [[user(picture(1, (30, 80)), "What?")], two[:1]]
+    answers = []
+    for batch in (chats, chats[:1], chats[1:]):
+        inputs = processor.apply_chat_template(batch, add_generation_prompt=True, **options)
+        generated = loaded.generate(**inputs, num_beams=3, do_sample=False, max_new_tokens=6)
+        answers += generated[:, inputs["input_ids"].shape[1] :].tolist()
+    assert answers[:2] == answers[2:]
 
 
 def test_the_cache_keeps_each_picture_once_and_notices_changes(folder, processor, tmp_path, monkeypatch):

@@ -39,8 +39,9 @@ class MiniMindVDataCollator:
 
     Returns (when called):
         `input_ids`, `labels` and `attention_mask` (packed: `position_ids`), int64 `[B, T]`, and, if there are
-        images, `pixel_values` `[N, 3, height, width]`. In the place of a row that is left out stands one token that
-        is not trained on: every process of a training takes part in every step, also with nothing but such rows.
+        images, what the image processor makes of them, `pixel_values` `[N, ...]` and others. In the place of a row
+        that is left out stands one token that is not trained on: every process of a training takes part in every
+        step, also with nothing but such rows.
 
     Raises:
         ValueError: A broken row with `on_broken="error"`.
@@ -84,20 +85,20 @@ class MiniMindVDataCollator:
             labels += [token if is_answer else IGNORE_INDEX] * repeats
         row = {"input_ids": ids, "labels": labels}
         if images := images_of(messages):
-            row["pixel_values"] = self.encode_images(images)
+            row |= self.encode_images(images)
         return row
 
-    def encode_images(self, images: list[Any]) -> torch.Tensor:
-        """`[N, 3, height, width]`, or the tower's features `[N, positions, width]` where a cache has them."""
+    def encode_images(self, images: list[Any]) -> dict[str, torch.Tensor]:
+        """Inputs `[N, ...]`; the tower's features as `pixel_values` `[N, positions, width]` where a cache has them."""
         cached = [self.image_features.get(image) if self.image_features else None for image in images]
         features = [feature for feature in cached if feature is not None]
         if len(features) == len(images):
-            return torch.stack(features)
+            return {"pixel_values": torch.stack(features)}
         samples: list[Any] = [images]
-        pixel_values = self.processor(images=samples, return_tensors="pt")["pixel_values"]
+        inputs = self.processor(images=samples, return_tensors="pt")
         if self.image_features:
             raise ValueError("a picture is not among the cached image features")
-        return pixel_values
+        return dict(inputs)
 
     def try_to_encode(self, item: dict[str, Any]) -> tuple[dict[str, Any], None] | tuple[None, str]:
         """The encoded chat of an item, or what is wrong with it."""
@@ -141,6 +142,7 @@ class MiniMindVDataCollator:
                 "labels": pad(labels, padding_value=IGNORE_INDEX),
                 "attention_mask": pad([torch.ones_like(row) for row in ids]),
             }
-        if pixels := [row["pixel_values"] for row in rows if "pixel_values" in row]:
-            batch["pixel_values"] = torch.cat(pixels)
+        for name in self.processor.image_processor.model_input_names:
+            if images := [row[name] for row in rows if name in row]:
+                batch[name] = torch.cat(images)
         return batch

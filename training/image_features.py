@@ -5,6 +5,7 @@ one never reads the other's features), and in it safetensors shards with one ten
 image, named by the SHA-256 of the image. A shard is named by its own SHA-256, so that a damaged one is noticed.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..image_loading_minimind_v import load_image
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from ..processing_minimind_v import MiniMindVProcessor
+from ..vision_tower_minimind_v import count_positions
 from .data import images_of
 
 SHARD_SIZE = 256  # images; what an interruption can lose at most
@@ -62,10 +64,16 @@ def pass_features_through(model: MiniMindVForConditionalGeneration) -> None:
     encoder: Any = model.model
     encode = encoder.get_image_features
 
-    def encode_or_pass(pixel_values: torch.Tensor, **kwargs: Any) -> Any:
-        if pixel_values.ndim == 3:
+    @functools.wraps(encode)  # generate() reads the names of the parameters
+    def encode_or_pass(
+        pixel_values: torch.Tensor,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if pixel_values.ndim == 3 and spatial_shapes is None:  # with shapes, they are patches of a NaFlex tower
             return encoder.project(BaseModelOutputWithPooling(last_hidden_state=pixel_values))
-        return encode(pixel_values, **kwargs)
+        return encode(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
 
     encoder.get_image_features = encode_or_pass
 
@@ -166,11 +174,12 @@ class ImageFeatureCache:
         shard: dict[str, torch.Tensor] = {}
         with tqdm(total=len(missing), desc=f"encoding pictures ({size / 1e9:.2f} GB)", unit="picture") as progress:
             try:
-                for count, keys, pixel_values in loader:
+                for count, keys, inputs in loader:
                     progress.update(count)
                     if keys:
                         with autocast:
-                            features = tower(pixel_values.to(device)).last_hidden_state
+                            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+                            features = tower(**inputs).last_hidden_state
                         features = features.to("cpu", self.dtype)
                         shard |= {key: feature.clone() for key, feature in zip(keys, features, strict=True)}
                     if len(shard) >= SHARD_SIZE:
@@ -194,9 +203,9 @@ class ImageFeatureCache:
 
     def _check_space(self, count: int) -> int:
         """Bytes that the features of `count` images take; an OSError if the disk has fewer."""
-        config, tower = self.model.config, self.model.model.vision_tower.config
-        positions = (config.image_seq_length or 0) + (config.vision_feature_select_strategy == "default")
-        needed = count * positions * tower.hidden_size * self.dtype.itemsize
+        config = self.model.config
+        positions = count_positions(config) + (config.vision_feature_select_strategy == "default")
+        needed = count * positions * config.vision_config.hidden_size * self.dtype.itemsize
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(
@@ -218,7 +227,7 @@ class ImageFeatureCache:
 
 
 class _Images(Dataset):
-    """Item: (key, pixel values `[3, height, width]`, or None if the image is broken)."""
+    """Item: (key, inputs of the tower for one image, or None if it is broken)."""
 
     def __init__(self, rows: Any, wanted: dict[str, tuple[int, int]], processor: MiniMindVProcessor) -> None:
         self.rows, self.wanted, self.processor = rows, list(wanted.items()), processor
@@ -226,16 +235,19 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.wanted)
 
-    def __getitem__(self, index: int) -> tuple[str, torch.Tensor | None]:
+    def __getitem__(self, index: int) -> tuple[str, dict[str, torch.Tensor] | None]:
         key, (row, place) = self.wanted[index]
         try:
             image = images_of(self.rows[row]["messages"])[place]
-            return key, self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
+            return key, dict(self.processor(images=[image], return_tensors="pt"))
         except (OSError, ValueError, TypeError):
             return key, None
 
 
-def _collate_readable(items: list[tuple[str, torch.Tensor | None]]) -> tuple[int, list[str], torch.Tensor | None]:
-    good = [(key, pixels) for key, pixels in items if pixels is not None]
-    pixel_values = torch.stack([pixels for _, pixels in good]) if good else None
-    return len(items), [key for key, _ in good], pixel_values
+def _collate_readable(
+    items: list[tuple[str, dict[str, torch.Tensor] | None]],
+) -> tuple[int, list[str], dict[str, torch.Tensor]]:
+    good = [(key, inputs) for key, inputs in items if inputs is not None]
+    names = good[0][1] if good else ()
+    batch = {name: torch.cat([inputs[name] for _, inputs in good]) for name in names}
+    return len(items), [key for key, _ in good], batch

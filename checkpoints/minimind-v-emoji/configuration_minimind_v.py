@@ -11,9 +11,11 @@ import transformers
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19):
     raise ImportError(f"MiniMind-V needs transformers >= 5.19.0, not {transformers.__version__}: install a newer one.")
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import strict  # checks the types, then calls validate_architecture
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+
+from .vision_tower_minimind_v import count_image_tokens, vision_tower_config
 
 
 @strict
@@ -103,10 +105,12 @@ class MiniMindVConfig(PreTrainedConfig):
 
     Args:
         text_config: `MiniMindConfig` or a dict of its fields.
-        vision_config: Configuration of a CLIP or SigLIP vision tower, or a dict with its `model_type`.
+        vision_config: Configuration of a CLIP, SigLIP or SigLIP2 (NaFlex) tower, or a dict with its `model_type`.
         image_token_id: Id of the placeholder `<|image_pad|>` in `input_ids`; left out, the one of MiniMind-3.
         image_seq_length: Tokens of one image; left out, what the tower produces.
         projector_type: `"mlp"` (MiniMind-3: LayerNorm, Linear, exact GELU, Linear) or `"linear"` (MiniMind2).
+        projector_norm: Whether `"mlp"` begins with the LayerNorm.
+        projector_merge_size, projector_merge_order: Patches per token, in `"sequence"` or as a square `"block"`.
         vision_feature_select_strategy: `"default"` drops CLS (left out, for CLIP), `"full"` keeps all (for SigLIP).
         tie_word_embeddings: Embedding and output matrix are one tensor; left out, as `text_config` says.
     """
@@ -121,6 +125,9 @@ class MiniMindVConfig(PreTrainedConfig):
     image_seq_length: int | None = None
     projector_type: Literal["linear", "mlp"] = "mlp"
     projector_hidden_act: str = "gelu"
+    projector_norm: bool = True
+    projector_merge_size: int = 1
+    projector_merge_order: Literal["sequence", "block"] = "sequence"
     vision_feature_select_strategy: Literal["default", "full"] | None = None
     tie_word_embeddings: bool | None = None
 
@@ -130,18 +137,7 @@ class MiniMindVConfig(PreTrainedConfig):
         if getattr(self.text_config, "original_generation", "").startswith("minimind2"):
             made = "was converted by an earlier version, which wrote an image as 196 times '@'"
             raise ValueError(f"This checkpoint {made}. Convert the original's weights again (minimind-v convert).")
-        if not isinstance(self.vision_config, PreTrainedConfig):
-            released = {"image_size": 256, "patch_size": 32, "vision_use_head": False}
-            vision_config = released if self.vision_config is None else copy.deepcopy(self.vision_config)
-            model_type = vision_config.setdefault("model_type", "siglip_vision_model")
-            self.vision_config = CONFIG_MAPPING[model_type](**vision_config)
-        if self.vision_config.model_type in ("clip", "siglip"):  # never the text half
-            self.vision_config = self.vision_config.vision_config
-        if isinstance(size := self.vision_config.image_size, (list, tuple)):
-            if size[0] != size[1]:
-                raise ValueError(f"The vision tower takes square images only; got image_size {size}.")
-            self.vision_config = copy.deepcopy(self.vision_config)  # what was passed in stays as it is
-            self.vision_config.image_size = size[0]
+        self.vision_config = vision_tower_config(self.vision_config)
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = self.text_config.tie_word_embeddings
         elif self.tie_word_embeddings != self.text_config.tie_word_embeddings:
@@ -149,16 +145,10 @@ class MiniMindVConfig(PreTrainedConfig):
             self.text_config.tie_word_embeddings = self.tie_word_embeddings
         strategy = "default" if self.vision_config.model_type == "clip_vision_model" else "full"
         self.vision_feature_select_strategy = self.vision_feature_select_strategy or strategy
-        self.image_seq_length = self.image_seq_length or self._count_image_tokens()
+        self.image_seq_length = self.image_seq_length or count_image_tokens(self)
         if not __name__.startswith("transformers_modules."):
             kwargs.pop("custom_pipelines", None)  # with it, `pipeline` asks an installed package for trust_remote_code
         super().__post_init__(**kwargs)
-
-    def _count_image_tokens(self) -> int:
-        """What the tower makes of one image: a token for each patch, and CLS where it is kept."""
-        grid = self.vision_config.image_size // self.vision_config.patch_size
-        has_cls = self.vision_config.model_type == "clip_vision_model"
-        return grid * grid + (has_cls and self.vision_feature_select_strategy == "full")
 
     def validate_architecture(self) -> None:
         super().validate_architecture()
@@ -166,7 +156,7 @@ class MiniMindVConfig(PreTrainedConfig):
             raise ValueError("vision_feature_select_strategy must be 'full': the tower has no CLS token to drop.")
         if not 0 <= self.image_token_id < (size := self.text_config.vocab_size):
             raise ValueError(f"image_token_id must be an id below vocab_size ({size}); got {self.image_token_id}.")
-        if self.image_seq_length != (produced := self._count_image_tokens()):
+        if self.image_seq_length != (produced := count_image_tokens(self)):
             raise ValueError(f"image_seq_length must be {produced}, as the tower makes; got {self.image_seq_length}.")
 
     def to_dict(self) -> dict[str, Any]:

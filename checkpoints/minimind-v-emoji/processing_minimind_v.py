@@ -30,7 +30,7 @@ class MiniMindVProcessor(ProcessorMixin):
     """Turns text with image tokens, and the images, into the inputs of MiniMind-V.
 
     Args:
-        image_processor: CLIP's or SigLIP's image processor, with the size of the tower.
+        image_processor: CLIP's, SigLIP's or SigLIP2's (NaFlex) image processor, with the size of the tower.
         tokenizer: Fast tokenizer, padding on the left for generation.
         image_seq_length: Tokens that one image takes (the model's `config.image_seq_length`); left out, 64.
         image_token: The token that stands for an image in a prompt; left out, `<|image_pad|>`.
@@ -41,7 +41,8 @@ class MiniMindVProcessor(ProcessorMixin):
     after the other, as [`load_image`] does with the attributes `max_image_pixels` and `allowed_hosts`; the latter can
     also be set by the environment variable MINIMIND_V_ALLOWED_HOSTS (names with commas between; empty: none).
 
-    Returns `input_ids`, `attention_mask` `[B, T]` and `pixel_values` `[N, 3, height, width]`, N images in all.
+    Returns `input_ids`, `attention_mask` `[B, T]` and `pixel_values` `[N, 3, height, width]`, N images in all; of
+    NaFlex `pixel_values` `[N, P, pixels of a patch]`, `pixel_attention_mask` `[N, P]` and `spatial_shapes` `[N, 2]`.
 
     Raises:
         ValueError: Image tokens and images of a sample differ in number, truncation would cut an image, the prompt is
