@@ -325,6 +325,15 @@ def test_merged_patches_tell_the_release(norm, arguments, tower_width, releases)
     assert detect_release(shapes, arguments, tower_width) == releases
 
 
+@pytest.mark.parametrize("case", [*recorded("g3p_dense"), "g3v_dense"])
+def test_tower_tells_the_release(case, tmp_path):
+    """The one that is named, or the one in the checkpoint; without arguments."""
+    tower, release = GOLDEN / case / "vision_encoder", release_of(read_json(f"{case}/hparams.json"))
+    assert convert_checkpoint(GOLDEN / case / "upstream.pth", tmp_path / "1", vision_encoder=tower).release == release
+    export_to_original(tmp_path / "1", tmp_path / "whole.pth", include_tower=True)
+    assert convert_checkpoint(tmp_path / "whole.pth", tmp_path / "2", vision_encoder=tower).release == release
+
+
 def test_release_that_nothing_tells_must_be_said(tmp_path):
     """Both releases are named, and how to say which; with the release, the numbers are that release's."""
     state = torch.load(GOLDEN / "g1_dense" / "upstream.pth", weights_only=True)
