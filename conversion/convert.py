@@ -196,9 +196,11 @@ def find_release(
             raise ValueError(f"There is no release {release!r}. Choose one of {', '.join(RELEASES)}, or leave it out.")
         return release
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    releases = detect_release(shapes, arguments)
-    if len(releases) > 1 and vision_encoder is not None:
-        releases = detect_release(shapes, arguments, read_tower_config(vision_encoder).hidden_size)
+    tower = shapes.get("vision_encoder.vision_model.embeddings.patch_embedding.weight")
+    tower_width = tower[0] if tower else None
+    if tower is None and vision_encoder is not None and "vision_proj.mlp.0.weight" in shapes:
+        tower_width = read_tower_config(vision_encoder).hidden_size
+    releases = detect_release(shapes, arguments, tower_width)
     if not releases:
         raise ValueError(
             f"{checkpoint} is not a checkpoint of MiniMind: its tensors are called {sorted(state)[:4]} ... Choose a "

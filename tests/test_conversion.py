@@ -34,7 +34,6 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     CLIPVisionConfig,
-    CLIPVisionModel,
     PreTrainedTokenizerFast,
     Siglip2VisionConfig,
     SiglipVisionConfig,
@@ -207,27 +206,27 @@ def test_text_only_checkpoint(case, tmp_path):
     assert projector and all(parameter.isfinite().all() for parameter in projector.values())
 
 
-def test_tower_in_the_checkpoint_needs_no_folder(tmp_path):
+@pytest.mark.parametrize("kind", ["clip", "naflex"])
+def test_tower_in_the_checkpoint_needs_no_folder(kind, tmp_path):
     """The tower's sizes are read from its tensors; random ones, with the usual head size of 64."""
-    tower = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=1, patch_size=16
-        )
-    )
-    model = MiniMindVForConditionalGeneration(
-        MiniMindVConfig(
-            text_config={"hidden_size": 64, "num_hidden_layers": 1, "use_qk_norm": False, "intermediate_size": 64},
-            vision_config=tower.config,
-            image_token_id=190,
-            projector_type="linear",
-        )
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 1}
+    if kind == "clip":
+        fields = {"vision_config": CLIPVisionConfig(**sizes, patch_size=16), "projector_type": "linear"}
+    else:
+        fields = {"vision_config": Siglip2VisionConfig(**sizes, patch_size=8, num_patches=64, vision_use_head=False)}
+        fields |= {"projector_norm": False, "projector_merge_size": 4}
+    text = {"hidden_size": 64, "num_hidden_layers": 1, "use_qk_norm": kind == "naflex", "intermediate_size": 64}
+    model = MiniMindVForConditionalGeneration(MiniMindVConfig(text_config=text, image_token_id=190, **fields))
     model.save_pretrained(tmp_path / "ours")
     export_to_original(tmp_path / "ours", tmp_path / "full.pth", include_tower=True)
     summary = convert_checkpoint(tmp_path / "full.pth", tmp_path / "out")
-    assert "tower: 1 heads, activation quick_gelu" in str(summary) and "no tokenizer was given" in str(summary)
-    loaded = AutoModelForCausalLM.from_pretrained(summary.output)
-    assert loaded.config.vision_config.image_size == 224 and loaded.config.image_seq_length == 196
+    activation = {"clip": "quick_gelu", "naflex": "gelu_pytorch_tanh"}[kind]
+    assert f"tower: 1 heads, activation {activation}" in str(summary) and "no tokenizer was given" in str(summary)
+    loaded, vision = AutoModelForCausalLM.from_pretrained(summary.output), summary.config.vision_config
+    if kind == "clip":
+        assert (vision.image_size, vision.patch_size, loaded.config.image_seq_length) == (224, 16, 196)
+    else:
+        assert (vision.num_patches, vision.patch_size, loaded.config.image_seq_length) == (64, 8, 16)
     for name, parameter in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter), name
 
@@ -325,6 +324,15 @@ def test_the_two_first_releases_are_told_apart(heads, arguments, releases):
 def test_merged_patches_tell_the_release(norm, arguments, tower_width, releases):
     shapes = {"model.embed_tokens.weight": torch.Size((64, 12)), "vision_proj.mlp.0.weight": torch.Size((norm,))}
     assert detect_release(shapes, arguments, tower_width) == releases
+
+
+@pytest.mark.parametrize("case", [*recorded("g3p_dense"), "g3v_dense"])
+def test_tower_tells_the_release(case, tmp_path):
+    """The one that is named, or the one in the checkpoint; without arguments."""
+    tower, release = GOLDEN / case / "vision_encoder", release_of(read_json(f"{case}/hparams.json"))
+    assert convert_checkpoint(GOLDEN / case / "upstream.pth", tmp_path / "1", vision_encoder=tower).release == release
+    export_to_original(tmp_path / "1", tmp_path / "whole.pth", include_tower=True)
+    assert convert_checkpoint(tmp_path / "whole.pth", tmp_path / "2", vision_encoder=tower).release == release
 
 
 def test_release_that_nothing_tells_must_be_said(tmp_path):

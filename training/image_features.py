@@ -179,7 +179,7 @@ class ImageFeatureCache:
                     if keys:
                         with autocast:
                             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-                            features = tower(**inputs).last_hidden_state
+                            features = tower(inputs.pop("pixel_values"), **inputs).last_hidden_state
                         features = features.to("cpu", self.dtype)
                         shard |= {key: feature.clone() for key, feature in zip(keys, features, strict=True)}
                     if len(shard) >= SHARD_SIZE:
