@@ -65,7 +65,7 @@ def find_revision(source: str | Path) -> str | None:
         return folder.name if is_original(read_json(folder / "config.json")) else None
     path = Path(source).expanduser()
     if path.is_dir():
-        if (path / "config.json").exists() and not is_original(read_json(path / "config.json")):
+        if not (path / "config.json").exists() or not is_original(read_json(path / "config.json")):
             return None
         files = sorted(path.iterdir())
     elif path.is_file():

@@ -42,8 +42,6 @@ def check_output_folder(arguments: TrainArguments) -> None:
             raise FileNotFoundError(
                 f"{folder} has no complete checkpoint to go on from. Start without --resume-from-checkpoint."
             )
-    elif resume and not Path(resume, "trainer_state.json").is_file():
-        raise FileNotFoundError(f"{resume} is no checkpoint of a training: it has no trainer_state.json.")
     elif arguments.overwrite:
         read = (arguments.model, arguments.data, arguments.eval_data, arguments.cache_image_features, Path.cwd())
         for path in map(Path, filter(None, read)):
@@ -54,6 +52,8 @@ def check_output_folder(arguments: TrainArguments) -> None:
             f"{folder} is not empty, and two trainings in one folder would mix. Choose another --output-dir, delete "
             "what is there with --overwrite, or go on with it with --resume-from-checkpoint latest."
         )
+    elif resume and not Path(resume, "trainer_state.json").is_file():
+        raise FileNotFoundError(f"{resume} is no checkpoint of a training: it has no trainer_state.json.")
     PartialState().wait_for_everyone()  # before one of them writes there
 
 
