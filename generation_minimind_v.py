@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
-class MiniMindVGenerationMixin(GenerationMixin):
-    """`generate()` of the library, with images that follow rows, beams and chats that go on."""
+class MiniMindVGenerationMixin:
+    """Stands before the library's GenerationMixin: images follow rows, beams and chats that go on."""
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, input_ids: torch.LongTensor | None = None, **kwargs: Any

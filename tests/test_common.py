@@ -29,6 +29,7 @@ WRITER = """
 import os, signal, sys, time
 from pathlib import Path
 from minimind_v.common import output as writing
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 output = Path(sys.argv[1])
 def kill(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)

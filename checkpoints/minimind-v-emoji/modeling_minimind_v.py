@@ -350,7 +350,7 @@ class MiniMindVModel(MiniMindVPreTrainedModel):
         return MiniMindVModelOutputWithPast(**outputs, image_hidden_states=image_features)
 
 
-class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, MiniMindVGenerationMixin):
+class MiniMindVForConditionalGeneration(MiniMindVPreTrainedModel, MiniMindVGenerationMixin, GenerationMixin):
     """MiniMind-V: text and images in, text out."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
