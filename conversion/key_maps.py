@@ -105,7 +105,7 @@ def detect_early_release(shapes: dict[str, torch.Size], arguments: dict[str, Any
         return ["minimind2-early"]
     signs = {"minimind1"} if "dim" in arguments else set()  # they are all there, and rope_theta is not
     q, k = (shapes.get(f"layers.0.attention.{name}.weight") for name in ("wq", "wk"))
-    query_heads_per_key = q[0] / k[0] if q and k else None
+    query_heads_per_key = q[0] // k[0] if q and k and q[0] % k[0] == 0 else 0
     signs |= {2: {"minimind1"}, 4: {"minimind2-early"}}.get(query_heads_per_key, set())
     return list(signs if len(signs) == 1 else EARLY_RELEASES)
 

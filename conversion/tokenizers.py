@@ -34,7 +34,7 @@ def wrap_tokenizer(source: str | Path, release: str, max_length: int) -> PreTrai
     if not release.startswith("minimind3"):
         tokenizer = with_image_token(tokenizer)
         of_bos = {"<|im_start|>": "minimind2", "<s>": "minimind1" if release == "minimind1" else "minimind2-early"}
-        release = template = of_bos.get(tokenizer.bos_token, release)
+        release = template = of_bos.get(str(tokenizer.bos_token), release)
     token_id, expected = tokenizer.get_vocab().get(IMAGE_TOKEN), IMAGE_TOKEN_IDS[release]
     if token_id != expected:
         raise ValueError(

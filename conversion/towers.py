@@ -3,6 +3,7 @@
 import contextlib
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -91,7 +92,7 @@ def make_image_processor(
     config: PreTrainedConfig, vision_encoder: str | Path | None, release: str
 ) -> BaseImageProcessor:
     """The image processor of `vision_encoder`, or the usual one for a tower of this configuration."""
-    processor = None
+    processor: Any = None
     if vision_encoder is not None:
         with contextlib.suppress(OSError):
             processor = AutoImageProcessor.from_pretrained(vision_encoder, backend="pil", trust_remote_code=False)

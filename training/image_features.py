@@ -203,7 +203,7 @@ class ImageFeatureCache:
 
     def _check_space(self, count: int) -> int:
         """Bytes that the features of `count` images take; an OSError if the disk has fewer."""
-        config = self.model.config
+        config: Any = self.model.config
         positions = count_positions(config) + (config.vision_feature_select_strategy == "default")
         needed = count * positions * config.vision_config.hidden_size * self.dtype.itemsize
         free = shutil.disk_usage(self.folder).free
