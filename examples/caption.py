@@ -19,10 +19,12 @@ def main() -> None:
     captioner, broken = pipeline("image-to-text", model=arguments.model), 0
     for image in find_images(arguments.images):
         try:
-            print(f"{image}: {captioner(image, prompt=arguments.prompt)[0]['generated_text']}")
+            caption = captioner(image, prompt=arguments.prompt)[0]["generated_text"]
         except (OSError, ValueError) as error:  # not a picture: the others go on
             print(f"error: {error}", file=sys.stderr)
             broken += 1
+        else:
+            print(f"{image}: {caption}")
     sys.exit(1 if broken else 0)
 
 
