@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import functools
 import inspect
 import os
 from typing import Any
@@ -19,6 +20,13 @@ from transformers import (
 
 TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 DEFAULT_PROMPT = "Describe this image."
+
+
+@functools.cache
+def options_of_generate() -> frozenset[str]:
+    """What `generate()` takes by name."""
+    names = {*GenerationConfig().to_dict(), *inspect.signature(GenerationMixin.generate).parameters}
+    return frozenset(names - {"self", "kwargs", "transformers_version"})
 
 
 class FiniteLogits(LogitsProcessor):
@@ -58,10 +66,10 @@ class MiniMindVImageToTextPipeline(ImageTextToTextPipeline):
     def _sanitize_parameters(
         self, prompt: str | None = None, generate_kwargs: dict | None = None, **kwargs: Any
     ) -> tuple[dict, dict, dict]:
-        known = {*GenerationConfig().to_dict(), *inspect.signature(GenerationMixin.generate).parameters}
-        known -= {"self", "kwargs", "transformers_version"}
-        for name in kwargs.keys() - known:
-            near = difflib.get_close_matches(name, [*known, "prompt", "generate_kwargs", "batch_size"], n=1)
+        for name in kwargs.keys() - options_of_generate():
+            near = difflib.get_close_matches(
+                name, [*options_of_generate(), "prompt", "generate_kwargs", "batch_size"], n=1
+            )
             raise ValueError(f"There is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
         if not isinstance(generate_kwargs, (dict, type(None))):
             raise ValueError(f"generate_kwargs must be a dict; got {type(generate_kwargs).__name__}.")

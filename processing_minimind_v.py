@@ -11,16 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException, get_json_schema
 
 from .chat_checking_minimind_v import check_chat, check_texts
+from .downloading_minimind_v import host_names
 from .image_loading_minimind_v import MAX_PIXELS, load_image
-from .pipeline_minimind_v import DEFAULT_PROMPT, MiniMindVImageToTextPipeline
+from .pipeline_minimind_v import DEFAULT_PROMPT, TRANSFORMERS_VERSION, MiniMindVImageToTextPipeline
 
-TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 GUARD = re.compile(r"\{#- Guard:.*?Guard: end\. -#\}", re.DOTALL)  # in our chat templates
 TOKENIZER_LOCK = threading.Lock()  # A fast tokenizer keeps how to pad in itself, for all threads.
 PLACE = object()  # in the place of an image, where only their number matters
@@ -72,7 +71,7 @@ class MiniMindVProcessor(ProcessorMixin):
             raise ValueError(f"image_token must be one token of the tokenizer; {given}. {advice}")
         self.image_token_id = ids[0]
         self.max_image_pixels, hosts = MAX_PIXELS, os.environ.get("MINIMIND_V_ALLOWED_HOSTS")
-        self.allowed_hosts = None if hosts is None else [name for name in hosts.split(",") if name]
+        self.allowed_hosts = None if hosts is None else host_names(hosts)
         self.max_text_bytes = tokenizer.model_max_length * max(map(len, tokenizer.get_vocab()))
         # Too long a prompt is an error here, so the tokenizer need not warn of it.
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True

@@ -23,6 +23,7 @@ from typing import Any
 from torch.utils.data import Dataset, Subset
 
 from ..chat_checking_minimind_v import IMAGE_KEYS, normalize_parts
+from ..downloading_minimind_v import is_url
 from ..processing_minimind_v import DEFAULT_PROMPT
 from .downloads import download_once
 
@@ -216,7 +217,7 @@ def locate(image: Any, folder: Path, allowed_hosts: Sequence[str] | None = None)
     # Not Path.is_file, which raises an error where base64 is too long for a name
     if isinstance(image, str) and os.path.isfile(folder / image[:1000]):
         return str(folder / image)
-    if isinstance(image, str) and image[:8].lower().startswith(("http://", "https://")):
+    if isinstance(image, str) and is_url(image):
         return download_once(image, allowed_hosts)
     return None if isinstance(image, (str, bytes)) and not image else image
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import constants
 
-from ..downloading_minimind_v import download, without_secrets
+from ..downloading_minimind_v import download, is_allowed, without_secrets
 from ..image_loading_minimind_v import load_image
 
 
@@ -26,7 +26,7 @@ def download_once(url: str, allowed_hosts: Sequence[str] | None = None) -> str:
         ValueError: The host is not allowed, the URL cannot be fetched, or it shows no image.
     """
     name = f"the image {without_secrets(url)}"
-    if allowed_hosts is not None and urlsplit(url).hostname not in allowed_hosts:
+    if not is_allowed(urlsplit(url).hostname or "", allowed_hosts):
         raise ValueError(f"{name} is not fetched: its host is not an allowed one")
     path = Path(constants.HF_HOME, "minimind-v", "images", hashlib.sha256(url.encode()).hexdigest())
     if not path.exists():

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
 from ..common import load_model, load_processor
+from ..downloading_minimind_v import host_names
 from ..modeling_minimind_v import MiniMindVForConditionalGeneration
 from ..processing_minimind_v import MiniMindVProcessor
 from .arguments import TrainArguments, TrainParser
@@ -64,7 +65,7 @@ def train(arguments: TrainArguments) -> MiniMindVTrainer:
     check_output_folder(arguments)
     transformers.set_seed(arguments.seed)
     model: Any = load_model(arguments.model, dtype="float32", trust_remote_code=False)
-    hosts = None if arguments.allowed_hosts is None else list(filter(None, arguments.allowed_hosts.split(",")))
+    hosts = None if arguments.allowed_hosts is None else host_names(arguments.allowed_hosts)
     processor = load_processor(arguments.model, arguments.max_image_pixels, hosts)
     freeze(model, arguments.stage, arguments.freeze_llm)
 

@@ -32,9 +32,6 @@ def download(url: str, name: str = "image", allowed_hosts: Sequence[str] | None 
     Raises:
         ValueError: It cannot be fetched. The message holds nothing that the server sent, and no password.
     """
-    if allowed_hosts is not None:
-        names = [allowed_hosts] if isinstance(allowed_hosts, str) else allowed_hosts
-        allowed_hosts = [name.lower().rstrip(".") for name in names]
     # In a thread, because where the caller runs an event loop already, it cannot run another one. The thread is not
     # waited for, because nothing can stop the system's look-up of a name.
     executor = ThreadPoolExecutor(max_workers=1)
@@ -81,7 +78,7 @@ async def _find_address(url: Any, allowed_hosts: Sequence[str] | None) -> str:
     if url.scheme not in ("http", "https") or not url.host:
         raise Refusal("it is redirected to something else than http(s)")
     host, port = url.host.rstrip("."), url.port or (443 if url.scheme == "https" else 80)
-    if allowed_hosts is not None and host not in allowed_hosts:
+    if not is_allowed(host, allowed_hosts):
         raise Refusal("its host is not an allowed one" if allowed_hosts else "fetching is switched off")
     if port > 65535:
         raise Refusal(f"there is no port {port}")
@@ -90,6 +87,24 @@ async def _find_address(url: Any, allowed_hosts: Sequence[str] | None) -> str:
     if allowed_hosts is None and not all(map(is_public, addresses)):
         raise Refusal("its host has a private address; allow it by name (allowed_hosts)")
     return str(min(addresses, key=lambda address: address.version))
+
+
+def is_url(text: str) -> bool:
+    """Whether this is the address of something to fetch."""
+    return text[:8].lower().startswith(("http://", "https://"))
+
+
+def host_names(text: str) -> list[str]:
+    """Names with commas between, as a list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def is_allowed(host: str, allowed_hosts: Sequence[str] | None) -> bool:
+    """Whether a host is one of [`download`]'s `allowed_hosts`, however both are written."""
+    if allowed_hosts is None:
+        return True
+    names = [allowed_hosts] if isinstance(allowed_hosts, str) else allowed_hosts
+    return host.lower().rstrip(".") in (name.lower().rstrip(".") for name in names)
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
@@ -111,4 +126,4 @@ def without_secrets(url: str) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-__all__ = ["download", "without_secrets"]
+__all__ = ["download", "host_names", "is_allowed", "is_url", "without_secrets"]

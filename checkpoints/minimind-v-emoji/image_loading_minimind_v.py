@@ -20,7 +20,7 @@ import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps
 from transformers.utils import logging
 
-from .downloading_minimind_v import MAX_BYTES, Refusal, download, without_secrets
+from .downloading_minimind_v import MAX_BYTES, Refusal, download, is_url, without_secrets
 
 # What people send. Not EPS, for which PIL starts another program, and nothing that any file could be taken for. HEIF
 # is there where the user has registered pillow-heif.
@@ -82,7 +82,7 @@ def load_image(
     is_fetched = False
     if isinstance(source, (str, os.PathLike)):
         text = os.fspath(source)
-        if text[:8].lower().startswith(("http://", "https://")):
+        if is_url(text):
             name = f"{name} ({without_secrets(text)})"
             source, is_fetched = download(text, name, allowed_hosts), True
         else:
