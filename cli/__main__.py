@@ -1,4 +1,4 @@
-"""Command line: minimind-v {caption,chat,compare,check,train,convert,upload} ...
+"""Command line: minimind-v {caption,chat,compare,check,train,convert,export,upload} ...
 
 Only the reading of the command line is here, without torch and transformers, so that `--help` and mistakes are
 answered at once; each command imports what it runs. For the same reason this folder is a package of its own,
@@ -7,6 +7,7 @@ answered at once; each command imports what it runs. For the same reason this fo
 
 import argparse
 import difflib
+import functools
 import io
 import math
 import re
@@ -16,9 +17,26 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Commands = argparse._SubParsersAction
+
+
+class Format(NamedTuple):
+    """A form of `export`.
+
+    Args:
+        function: Of `minimind_v.export`.
+        description, examples: As for [`add_command`].
+        precisions: Of its weights; the first is the default.
+        is_checked: Whether it can be asked questions.
+    """
+
+    function: str
+    description: str
+    examples: str
+    precisions: tuple[str, ...] = ()
+    is_checked: bool = True
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,23 +98,30 @@ def answering_model(text: str) -> str:
 
 
 def add_command(
-    commands: Commands, run: Callable[..., int | None], usage: str, description: str, examples: str, **options: Any
+    commands: Commands,
+    run: Callable[..., int | None],
+    usage: str,
+    description: str,
+    examples: str,
+    name: str | None = None,
+    **options: Any,
 ) -> Parser:
     """Adds the parser of a command.
 
     Args:
         commands: Where to add it.
-        run: Runs the command, whose name it has, on the arguments by name; returns the exit status.
+        run: Runs the command on the arguments by name; returns the exit status.
         usage: The line of arguments.
         description: Its first sentence also stands in the list of commands.
         examples: Command lines.
+        name: Of the command; left out, that of `run`.
         options: For the parser.
 
     Returns:
         The parser, without arguments yet.
     """
     parser = commands.add_parser(
-        run.__name__,
+        name or run.__name__,
         usage=f"%(prog)s {usage}",
         help=description.partition(".")[0],
         description=description,
@@ -384,7 +409,7 @@ def train(argv: list[str]) -> None:
     main(["--help"] if "--help-all" in argv else argv)
 
 
-# --- convert, upload -------------------------------------------------------------------------------------------------
+# --- convert, export, upload -----------------------------------------------------------------------------------------
 
 
 def add_convert(commands: Commands) -> None:
@@ -442,6 +467,62 @@ def convert(checkpoint: str, output: str, dtype: str | None, **options: Any) -> 
     print(convert_checkpoint(checkpoint, output, dtype=getattr(torch, dtype) if dtype else None, **options))
 
 
+FORMATS = {
+    "text": Format(
+        "export_text_backbone",
+        "The decoder as a plain Qwen3, Qwen3-MoE or Llama model, for MLX and others that know those.",
+        "  minimind-v export text my-model my-model-text",
+    ),
+    "original": Format(
+        "export_to_original",
+        "A file of weights (.pth) with the names of the original project.",
+        "  minimind-v export original my-model sft_vlm_768.pth",
+        is_checked=False,
+    ),
+}
+
+
+def add_export(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        export,
+        usage="FORMAT CHECKPOINT OUTPUT [options]",
+        description="""\
+Write a checkpoint in the form of another program, and check that it answers the same.
+
+minimind-v export FORMAT --help says more of each.""",
+        examples="\n".join(form.examples for form in FORMATS.values()),
+    )
+    formats = parser.add_subparsers(title="formats", metavar="FORMAT", prog="minimind-v export", required=True)
+    for name, form in FORMATS.items():
+        run = functools.partial(export, form.function)
+        parser = add_command(formats, run, "CHECKPOINT OUTPUT [options]", form.description, form.examples, name=name)
+        parser.add_argument(
+            "checkpoint", metavar="CHECKPOINT", help="folder or Hub repository, also one of the original"
+        )
+        parser.add_argument("output", metavar="OUTPUT", help="what to write")
+        if form.precisions:
+            first = form.precisions[0]
+            parser.add_argument("--precision", choices=form.precisions, default=first, help=f"default: {first}")
+        if form.is_checked:
+            parser.add_argument(
+                "--no-check",
+                dest="check",
+                action="store_false",
+                help="do not ask output and checkpoint three questions",
+            )
+        else:
+            parser.add_argument("--include-tower", action="store_true", help="with the vision tower")
+        parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+
+
+def export(function: str, checkpoint: str, output: str, **options: Any) -> None:
+    from minimind_v import export
+    from minimind_v.conversion import convert_once
+
+    print(getattr(export, function)(convert_once(checkpoint), output, **options))
+
+
 def add_upload(commands: Commands) -> None:
     parser = add_command(
         commands,
@@ -496,7 +577,7 @@ def build_parser() -> Parser:
     answers = answer_options()
     for add in (add_caption, add_chat, add_compare):
         add(commands, answers)
-    for add in (add_check, add_train, add_convert, add_upload):
+    for add in (add_check, add_train, add_convert, add_export, add_upload):
         add(commands)
     return parser
 

@@ -8,11 +8,12 @@ from transformers import PreTrainedConfig
 from ..common import atomic_output
 from ..conversion.key_maps import TOWER, to_original
 from .reading import read_own_checkpoint
+from .summary import Summary
 
 
 def export_to_original(
     checkpoint: str | Path, output: str | Path, *, include_tower: bool = False, overwrite: bool = False
-) -> Path:
+) -> Summary:
     """Writes a state dict under the names of the release that the checkpoint came from.
 
     A checkpoint that came from none gets the names of the newest release with its architecture.
@@ -24,7 +25,7 @@ def export_to_original(
         overwrite: Replace an existing file.
 
     Returns:
-        The output file.
+        What was written.
 
     Raises:
         FileExistsError: The output exists.
@@ -38,7 +39,10 @@ def export_to_original(
     state = to_original(state, release, text.head_dim, text.num_shared_experts)
     with atomic_output(output, overwrite) as file:
         torch.save(state, file)
-    return output
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
+    return Summary(
+        output, f"state dict of the release {release}", ", ".join(dtypes), "not needed: tensors as they are"
+    )
 
 
 def nearest_release(config: PreTrainedConfig) -> str:

@@ -16,6 +16,8 @@ from transformers import (
 from ..common import atomic_output, quiet_library
 from ..conversion.key_maps import LANGUAGE_MODEL
 from .reading import read_own_checkpoint
+from .summary import Summary
+from .verification import compare_answers, greedy_answer
 
 
 def library_config(text: PreTrainedConfig) -> PreTrainedConfig:
@@ -26,7 +28,9 @@ def library_config(text: PreTrainedConfig) -> PreTrainedConfig:
     return config_class(**{name: value for name, value in text.to_dict().items() if name in known})
 
 
-def export_text_backbone(checkpoint: str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
+def export_text_backbone(
+    checkpoint: str | Path, output: str | Path, *, overwrite: bool = False, check: bool = True
+) -> Summary:
     """Writes the decoder as a plain model of the library, for llama.cpp, MLX and others that know those.
 
     MiniMind-3 becomes Qwen3 or Qwen3-MoE, dense MiniMind2 becomes Llama; the numbers stay the same.
@@ -35,11 +39,13 @@ def export_text_backbone(checkpoint: str | Path, output: str | Path, *, overwrit
         checkpoint: Folder of this package, with or without a tower.
         output: Folder to write.
         overwrite: Replace an existing folder.
+        check: Ask both three questions, and refuse to write what answers differently.
 
     Returns:
-        The output folder.
+        What was written and checked.
 
     Raises:
+        AnswersDifferError: The output does not answer as the checkpoint.
         FileExistsError: The output exists and is not empty.
         ValueError: Not a checkpoint of this package, or no library model computes the same (experts of MiniMind2).
     """
@@ -63,6 +69,17 @@ def export_text_backbone(checkpoint: str | Path, output: str | Path, *, overwrit
     with atomic_output(output, overwrite) as folder:
         with quiet_library():
             model.save_pretrained(folder)
+        checked = "no: the checkpoint has no tokenizer to ask with"
         if Path(checkpoint, "tokenizer.json").exists():
             AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False).save_pretrained(folder)
-    return output
+            checked = check_text(checkpoint, folder) if check else "no, as asked for"
+    form = f"{type(model).__name__} of transformers, without tower and projector"
+    return Summary(output, form, str(model.dtype).removeprefix("torch."), checked)
+
+
+def check_text(checkpoint: str | Path, folder: Path) -> str:
+    """Asks both without images, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return compare_answers(
+        checkpoint, lambda question: greedy_answer(model, question.inputs), is_exact=True, with_images=False
+    )

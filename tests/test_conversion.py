@@ -56,12 +56,14 @@ from minimind_v_cli.__main__ import main
 @pytest.mark.parametrize("case", CASES)
 def test_export_gives_back_the_original_tensors(case, tmp_path):
     ours = convert_case(case)
-    exported = torch.load(export_to_original(ours, tmp_path / "back.pth"), weights_only=True)
+    exported = torch.load(export_to_original(ours, tmp_path / "back.pth").output, weights_only=True)
     original = torch.load(GOLDEN / case / "upstream.pth", weights_only=True)
     assert exported.keys() == {name for name in original if not name.startswith("vision_encoder.")}
     for name, tensor in exported.items():
         assert torch.equal(tensor, original[name]) and tensor.dtype == original[name].dtype, name
-    with_tower = torch.load(export_to_original(ours, tmp_path / "tower.pth", include_tower=True), weights_only=True)
+    with_tower = torch.load(
+        export_to_original(ours, tmp_path / "tower.pth", include_tower=True).output, weights_only=True
+    )
     for name in with_tower.keys() - exported.keys():
         assert name not in original or torch.equal(with_tower[name], original[name])
     again = convert_checkpoint(
@@ -82,7 +84,7 @@ def test_text_backbone_is_a_model_of_the_library(case, tmp_path):
             export_text_backbone(convert_case(case), tmp_path / "text")
         assert not (tmp_path / "text").exists()
         return
-    folder = export_text_backbone(convert_case(case), tmp_path / "text")
+    folder = export_text_backbone(convert_case(case), tmp_path / "text").output
     backbone = AutoModelForCausalLM.from_pretrained(folder).eval()
     kind = "Qwen3Moe" if hparams["moe"] else "Qwen3" if case.startswith("g3") else "Llama"
     assert type(backbone).__name__ == kind + "ForCausalLM"
