@@ -65,7 +65,10 @@ def export_text_backbone(
     }
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    image_token = [config.image_token_id] if config.model_type == "minimind_v" else None
+    model.generation_config = GenerationConfig(
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, suppress_tokens=image_token
+    )
     with atomic_output(output, overwrite) as folder:
         with quiet_library():
             model.save_pretrained(folder)
@@ -79,7 +82,8 @@ def export_text_backbone(
 
 def check_text(checkpoint: str | Path, folder: Path) -> str:
     """Asks both without images, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with quiet_library():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return compare_answers(
         checkpoint, lambda question: greedy_answer(model, question.inputs), is_exact=True, with_images=False
     )

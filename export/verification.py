@@ -72,11 +72,11 @@ def ask_checkpoint(checkpoint: str | Path, with_images: bool = True) -> Iterator
 
 
 def greedy_answer(model: Any, inputs: Mapping[str, Any]) -> list[int]:
-    """Ids that a model of transformers answers one row with, whatever its own settings are, without the end token."""
-    options = GenerationConfig(
+    """Ids that a model of transformers answers one row with, its own settings replaced, without the end token."""
+    model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=MAX_NEW_TOKENS, bos_token_id=1, eos_token_id=2, pad_token_id=0
     )
-    answer = model.generate(**inputs, generation_config=options)[0, inputs["input_ids"].shape[1] :].tolist()
+    answer = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :].tolist()
     return answer[: answer.index(2)] if 2 in answer else answer
 
 
