@@ -11,18 +11,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from safetensors.torch import load_file
 
 from ..common import read_json
+from .published import modelscope_name
 
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".json")
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
-MODELSCOPE = {  # repositories of the Hub that have another name there
-    "jingyaogong/MiniMind2-V": "gongjy/MiniMind2-V",
-    "jingyaogong/minimind-3v": "gongjy/minimind-3v",
-    "jingyaogong/siglip2-base-p16-256-ve": "gongjy/siglip2-base-p16-256-ve",
-    "jingyaogong/siglip2-base-p16-ve": "gongjy/siglip2-base-p16-ve",
-    "jingyaogong/siglip2-base-p32-256-ve": "gongjy/siglip2-base-p32-256-ve",
-    "openai/clip-vit-base-patch16": "openai-mirror/clip-vit-base-patch16",
-    "openai/clip-vit-base-patch32": "openai-mirror/clip-vit-base-patch32",
-}
 
 
 class NotFetchedError(FileNotFoundError):
@@ -89,7 +81,7 @@ def download(
         ImportError: The package modelscope is missing.
     """
     fetch: Any = snapshot_download if hub == "huggingface" else modelscope_download()
-    name = MODELSCOPE.get(repository, repository) if hub == "modelscope" else repository
+    name = modelscope_name(repository) if hub == "modelscope" else repository
     try:
         if files is not None:
             return Path(fetch(name, revision=revision, allow_patterns=files))
@@ -121,8 +113,7 @@ def modelscope_download() -> Any:
 def download_command(repository: str, files: list[str] | None, folder: str, hub: str) -> str:
     """The command line that fetches files of a repository (None: all) into a folder."""
     if hub == "modelscope":
-        name = MODELSCOPE.get(repository, repository)
-        words = ["modelscope download --model", name, *(files or []), "--local_dir", folder]
+        words = ["modelscope download --model", modelscope_name(repository), *(files or []), "--local_dir", folder]
     else:
         words = ["hf download", repository, *(files or []), "--local-dir", folder]
     return " ".join(words)

@@ -6,69 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common import read_json
+from .published import PUBLISHED
 from .reading import TOKENIZER_FILES, NotFetchedError, download, download_command, weight_files
 from .tokenizers import IMAGE_TOKEN
-
-
-@dataclass(frozen=True)
-class Published:
-    """Where a release's tower and tokenizer are.
-
-    Args:
-        tower, tokenizer: Repositories of the Hub.
-        tower_folder, tokenizer_folder: Where README and code of the original have them, in a clone of it.
-        models: Repositories of the models themselves, in the form of transformers.
-    """
-
-    tower: str
-    tower_folder: str
-    tokenizer: str
-    tokenizer_folder: str
-    models: tuple[str, ...] = ()
-
-
-PUBLISHED = {
-    "minimind1": Published(
-        tower="openai/clip-vit-base-patch32",
-        tower_folder="model/clip_model/clip-vit-base-patch32",
-        tokenizer="jingyaogong/minimind-v-v1",
-        tokenizer_folder="model/minimind_tokenizer",
-        models=("jingyaogong/minimind-v-v1", "jingyaogong/minimind-v-v1-small"),
-    ),
-    "minimind2-early": Published(
-        tower="openai/clip-vit-base-patch16",
-        tower_folder="model/vision_model/clip-vit-base-patch16",
-        # Its tokenizer.json is that of the release before, byte for byte; MiniMind2-V may hold the later release's.
-        tokenizer="jingyaogong/minimind-v-v1",
-        tokenizer_folder="model/minimind_tokenizer",
-    ),
-    "minimind2": Published(
-        tower="openai/clip-vit-base-patch16",
-        tower_folder="model/vision_model/clip-vit-base-patch16",
-        tokenizer="jingyaogong/MiniMind2-V",
-        tokenizer_folder="model",
-        models=("jingyaogong/MiniMind2-V", "jingyaogong/MiniMind2-Small-V"),
-    ),
-    "minimind3-naflex": Published(
-        tower="jingyaogong/siglip2-base-p16-ve",
-        tower_folder="model/siglip2-base-p16-ve",
-        tokenizer="jingyaogong/minimind-3v",
-        tokenizer_folder="model",
-    ),
-    "minimind3-p16": Published(
-        tower="jingyaogong/siglip2-base-p16-256-ve",
-        tower_folder="model/siglip2-base-p16-256-ve",
-        tokenizer="jingyaogong/minimind-3v",
-        tokenizer_folder="model",
-    ),
-    "minimind3": Published(
-        tower="jingyaogong/siglip2-base-p32-256-ve",
-        tower_folder="model/siglip2-base-p32-256-ve",
-        tokenizer="jingyaogong/minimind-3v",
-        tokenizer_folder="model",
-        models=("jingyaogong/minimind-3v", "jingyaogong/minimind-3v-moe"),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -108,12 +48,13 @@ def fetch_checkpoint(
     try:
         return download(repository, files, revision, hub)
     except NotFetchedError as error:
-        source = next((source for source in PUBLISHED.values() if repository in source.models), None)
+        published = PUBLISHED.values()
+        source = next((s for s in published if repository in (model.hub for model in s.models)), None)
         if source is None:
             raise
         own = f"./{repository.partition('/')[2]}"
         model = download_command(repository, None, own, hub)
-        tower = download_command(source.tower, None, f"./{source.tower_folder}", hub)
+        tower = download_command(source.tower.hub, None, f"./{source.tower_folder}", hub)
         raise NotFetchedError(repository, error.reason, [model, tower], f", and name the folder {own}") from error
 
 
@@ -165,14 +106,14 @@ def tower_of(release: str) -> Part:
     """The tower of a release. A clone of its repository often lies just beside the checkpoint."""
     source = PUBLISHED[release]
     folders = (source.tower_folder, Path(source.tower_folder).name)
-    return Part("vision tower", "--vision-encoder", source.tower, folders, None, is_tower)
+    return Part("vision tower", "--vision-encoder", source.tower.hub, folders, None, is_tower)
 
 
 def tokenizer_of(release: str) -> Part:
     """The tokenizer of a release."""
     source, fits = PUBLISHED[release], functools.partial(is_tokenizer, release=release)
     folders = (source.tokenizer_folder,)
-    return Part("tokenizer", "--tokenizer", source.tokenizer, folders, TOKENIZER_FILES, fits)
+    return Part("tokenizer", "--tokenizer", source.tokenizer.hub, folders, TOKENIZER_FILES, fits)
 
 
 def find(part: Part, near: Path, hub: str) -> tuple[Path, str]:

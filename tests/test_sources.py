@@ -18,7 +18,8 @@ from original import GOLDEN, TOKENIZERS, convert_case, read_json, release_of
 from safetensors.torch import load_file
 
 from minimind_v.conversion import RELEASES, convert_checkpoint, convert_once
-from minimind_v.conversion.sources import PUBLISHED, find_parts
+from minimind_v.conversion.published import PUBLISHED
+from minimind_v.conversion.sources import find_parts
 from minimind_v.processing_minimind_v import MiniMindVProcessor
 from minimind_v_cli.__main__ import main
 
@@ -97,8 +98,8 @@ def publish(hub):
 
     def publish(case, **model_changes):
         source = PUBLISHED[release_of_case(case)]
-        hub.publish(source.tower, tower_repository(case))
-        hub.publish(source.tokenizer, model_repository(case))
+        hub.publish(source.tower.hub, tower_repository(case))
+        hub.publish(source.tokenizer.hub, model_repository(case))
         return hub.publish(NAMES[case], model_repository(case, **model_changes))
 
     return publish
@@ -141,7 +142,7 @@ def assert_same_model(folder, case):
 def test_every_release_has_its_sources():
     assert RELEASES.keys() <= PUBLISHED.keys()
     for source in PUBLISHED.values():
-        assert Path(source.tower_folder).name == source.tower.partition("/")[2]
+        assert Path(source.tower_folder).name == source.tower.hub.partition("/")[2]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -149,7 +150,7 @@ def test_repository_of_the_original(case, publish, online, tmp_path):
     publish(case)
     summary = convert_checkpoint(NAMES[case], tmp_path / "ours")
     assert_same_model(summary.output, case)
-    assert f"vision tower of {PUBLISHED[summary.release].tower}" in str(summary)
+    assert f"vision tower of {PUBLISHED[summary.release].tower.hub}" in str(summary)
 
 
 @pytest.mark.parametrize("case", CASES)
