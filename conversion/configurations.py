@@ -132,6 +132,11 @@ def text_config(
 def decoder_sizes(shapes: dict[str, torch.Size], heads: int | None) -> dict[str, int]:
     """Sizes that the tensors tell; with q/k norm also the size of a head, else the number of heads must be given."""
     vocab_size, hidden_size = shapes[LANGUAGE_MODEL + "embed_tokens.weight"]
+    if heads and hidden_size % (2 * heads):
+        raise ValueError(
+            f"The tensors, of hidden_size {hidden_size}, do not fit {heads} attention heads, as released. Say how many "
+            'there are with --config (original_config), as in {"num_attention_heads": 4}.'
+        )
     head_dim = hidden_size // heads if heads else shapes[LAYER + "self_attn.q_norm.weight"][0]
     sizes = {
         "vocab_size": vocab_size,

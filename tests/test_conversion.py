@@ -657,6 +657,11 @@ def test_unknown_arguments_are_refused(content, message, tmp_path):
             convert_checkpoint(GOLDEN / "g3v_dense" / "upstream.pth", tmp_path / "out", original_config=given)
 
 
+def test_sizes_that_do_not_fit_the_released_heads_are_said_so(tmp_path):
+    with pytest.raises(ValueError, match=r"of hidden_size \d+, do not fit 16 attention heads, as released.*--config"):
+        convert_checkpoint(GOLDEN / "g0_dense" / "upstream.pth", tmp_path / "out")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_all_arguments_of_the_original_are_known(case):
     arguments = read_json(f"{case}/hparams.json")["constructor_args"]
