@@ -134,8 +134,8 @@ def decoder_sizes(shapes: dict[str, torch.Size], heads: int | None) -> dict[str,
     vocab_size, hidden_size = shapes[LANGUAGE_MODEL + "embed_tokens.weight"]
     if heads and hidden_size % (2 * heads):
         raise ValueError(
-            f"The tensors, of hidden_size {hidden_size}, do not fit {heads} attention heads, as released. Say how many "
-            'there are with --config (original_config), as in {"num_attention_heads": 4}.'
+            f"The tensors, of hidden_size {hidden_size}, do not fit {heads} attention heads, as released. Say how "
+            'many there are with --config (original_config), as in {"num_attention_heads": 4}.'
         )
     head_dim = hidden_size // heads if heads else shapes[LAYER + "self_attn.q_norm.weight"][0]
     sizes = {

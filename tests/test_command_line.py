@@ -173,10 +173,23 @@ def test_column_major_weights_keep_their_values(tmp_path):
         logits = model(ids).logits
         store_column_major(model)
         torch.testing.assert_close(model(ids).logits, logits, atol=1e-5, rtol=1e-5)
-    assert model.model.language_model.layers[0].mlp.up_proj.weight.stride(0) == 1
+    assert model.model.language_model.layers[0].mlp.up_proj.weight.stride(0) == model.lm_head.weight.stride(0) == 1
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     model.save_pretrained(tmp_path)
     loaded = MiniMindVForConditionalGeneration.from_pretrained(tmp_path).state_dict()
     assert loaded.keys() == weights.keys() and all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
+@pytest.mark.filterwarnings("error")
+def test_int8_captions_are_those_of_float32(capfd):
+    engine = Engine(greedy=True, dtype="int8")
+    images = sorted(IMAGES.glob("*.png"))
+    chats = [[question([str(image)], "Describe this image.")] for image in images]
+    assert engine.answer(encode(engine.processor, chats)) == [CAPTIONS[image.name][0] for image in images]
+    assert "decoder 1.11M), cpu, float32, decoder int8" in capfd.readouterr().err
+    layers = [engine.model.lm_head, engine.model.model.language_model.layers[0].mlp.up_proj]
+    assert all(layer.weight().dtype == torch.qint8 for layer in layers)
+    assert engine.model.model.multi_modal_projector.linear_1.weight.dtype == torch.float32
 
 
 def test_options_reach_generate(capfd):
