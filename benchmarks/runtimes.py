@@ -1,0 +1,125 @@
+"""Speed, memory and size of every runtime, on the same model with random weights, interleaved in one run.
+
+    python benchmarks/runtimes.py --size minimind3-65m --environments DIR
+
+Every round starts each candidate once, in an environment of its own (benchmarks/asking.py), on one thread, and asks
+the same questions; the median of the rounds counts. Beside the figures stands the limit of the machine, measured in
+the same run: decoding one row reads every weight of the decoder once per token, so it cannot be faster than a copy.
+Weights are random, but for the end token, which is never the likeliest.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from asking import RUNTIMES, ask, make_environment
+from real_sizes import SIZES, make_model, make_processor
+from tqdm import tqdm
+
+from inference import limits
+from minimind_v import export as exports
+
+IMAGE = Path(__file__).resolve().parents[1] / "examples" / "images" / "apple.png"
+TRANSFORMERS = ["eager", "column-major", "int8", "bfloat16", "compiled"]
+HEADER = """\
+| runtime | 1 row, tokens/s | to eager | 16 rows | to eager | first token | memory | on disk |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def make_candidates(size: str, names: list[str], environments: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """What `ask` takes, for each runtime and precision."""
+    checkpoint = folder / size
+    model = make_model(size)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:3] = 0  # padding and the tokens of a turn
+    model.save_pretrained(checkpoint)
+    make_processor(model.config).save_pretrained(checkpoint)
+    script = "ask_transformers.py"
+    candidates: dict[str, dict[str, Any]] = {
+        f"transformers {variant}": {
+            "program": sys.executable,
+            "script": script,
+            "model": checkpoint,
+            "variant": variant,
+        }
+        for variant in TRANSFORMERS
+    }
+    for name in tqdm(names, desc="exports", leave=False):
+        runtime, environment = RUNTIMES[name], environments / name.replace(" ", "-")
+        program = make_environment(runtime, environment)
+        for precision in runtime.precisions:
+            source = checkpoint
+            if runtime.function is not None:
+                source = folder / f"{name}-{precision}".replace(" ", "-")
+                getattr(exports, runtime.function)(checkpoint, source, precision=precision, check=False)
+            options = {"program": program, "script": runtime.script, "model": source, "cwd": environment}
+            candidates[f"{name} {precision}"] = options
+    return candidates
+
+
+def measure(options: dict[str, Any], rows: int, tokens: int) -> dict[str, float]:
+    """Tokens per second after the first token, seconds to it, and peak memory; of three questions the fastest."""
+    options = dict(options)
+    variant = [options.pop("variant")] if "variant" in options else []
+    question = {"text": "What is this?", "images": [str(IMAGE)], "max_new_tokens": tokens, "rows": rows}
+    questions = [question | {"id": str(number)} for number in range(4)]
+    positional = [options.pop(name) for name in ("program", "script", "model")]
+    result = ask(*positional, questions, *variant, **options)
+    answers = result["answers"][1:]  # the first warms up
+    speed = max((a["tokens"] - rows) / (a["seconds"] - a["first_token_seconds"]) for a in answers)
+    first = min(answer["first_token_seconds"] for answer in answers)
+    return {"speed": speed, "first": first, "memory": result["peak_memory_bytes"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runtimes", nargs="*", help=f"of {', '.join(RUNTIMES)} (default: all)")
+    parser.add_argument("--size", choices=SIZES, default="minimind3-65m")
+    parser.add_argument("--environments", type=Path, default=Path("runtime-environments"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=48)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        names, environments = options.runtimes or list(RUNTIMES), options.environments.resolve()
+        candidates = make_candidates(options.size, names, environments, Path(folder))
+        figures: dict[str, dict[int, list[dict[str, float]]]] = {name: {1: [], 16: []} for name in candidates}
+        for _ in tqdm(range(options.rounds), desc="rounds"):
+            for name, candidate in candidates.items():
+                has_rows = RUNTIMES[name.rpartition(" ")[0]].has_rows if "transformers " not in name else True
+                for rows in (1, 16) if has_rows else (1,):
+                    figures[name][rows].append(measure(candidate, rows, options.tokens))
+        sizes = {name: candidate["model"] for name, candidate in candidates.items()}
+        print(make_table(figures, sizes))
+    bandwidth, _ = limits("cpu", torch.float32)
+    print(f"A copy moves {bandwidth / 1e9:.0f} GB/s.")
+
+
+def make_table(figures: dict[str, dict[int, list[dict[str, float]]]], models: dict[str, Path]) -> str:
+    """Medians, and ratios to eager transformers."""
+    middle = {
+        (name, rows): {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
+        for name, by_rows in figures.items()
+        for rows, rounds in by_rows.items()
+        if rounds
+    }
+    lines = []
+    for name in figures:
+        one, cells = middle[name, 1], [name]
+        for rows in (1, 16):
+            speed = middle.get((name, rows), {}).get("speed")
+            ratio = f"{speed / middle['transformers eager', rows]['speed']:.2f}" if speed else ""
+            cells += [f"{speed:.1f}" if speed else "", ratio]
+        size = sum(file.stat().st_size for file in models[name].rglob("*") if file.is_file())
+        cells += [f"{one['first'] * 1e3:.0f} ms", f"{one['memory'] / 1e9:.2f} GB", f"{size / 1e6:.0f} MB"]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return HEADER + "".join(lines)
+
+
+if __name__ == "__main__":
+    main()
