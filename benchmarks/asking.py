@@ -1,8 +1,9 @@
 """Runtimes, each in an environment of its own, and how they are asked: by a script of engines/, which knows only it.
 
 A script is called as `ask_NAME.py MODEL QUESTIONS.json ANSWERS.json [VARIANT]`. Questions are a list of
-`{"id", "text", "images": [paths], "max_new_tokens"}`, and in some scripts `"rows"`, so many times at once. Answers are `{"runtime": "name version", "load_seconds",
-"peak_memory_bytes", "answers": [{"id", "text", "tokens", "first_token_seconds", "seconds"}, ...]}`, greedy.
+`{"id", "text", "images": [paths], "max_new_tokens"}`, and in some scripts `"rows"`, so many times at once. Answers are
+`{"runtime": "name version", "load_seconds", "peak_memory_bytes", "answers": [{"id", "text", "tokens",
+"first_token_seconds", "seconds"}, ...]}`, greedy, in the order of the questions.
 """
 
 import json
@@ -26,12 +27,14 @@ class Runtime:
         script: In engines/.
         function: Of `minimind_v.export`, which writes what it reads; None: it reads our checkpoints.
         precisions: Of that; the first computes in float32, so that it is asked about random weights too.
+        has_rows: Whether the script can ask several rows at once.
     """
 
     packages: str
     script: str
     function: str | None = None
     precisions: tuple[str, ...] = ("float32",)
+    has_rows: bool = False
 
 
 RUNTIMES = {

@@ -91,7 +91,8 @@ def main() -> None:
         figures: dict[str, dict[int, list[dict[str, float]]]] = {name: {1: [], 16: []} for name in candidates}
         for _ in tqdm(range(options.rounds), desc="rounds"):
             for name, candidate in candidates.items():
-                has_rows = RUNTIMES[name.rpartition(" ")[0]].has_rows if "transformers " not in name else True
+                runtime = RUNTIMES.get(name.rpartition(" ")[0])
+                has_rows = runtime is None or runtime.has_rows  # None: transformers itself
                 for rows in (1, 16) if has_rows else (1,):
                     figures[name][rows].append(measure(candidate, rows, options.tokens))
         sizes = {name: candidate["model"] for name, candidate in candidates.items()}
