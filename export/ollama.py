@@ -1,0 +1,60 @@
+"""The Modelfile with which Ollama makes a model of GGUF files."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+MODELFILE = '''\
+# ollama create NAME -f Modelfile
+{files}
+TEMPLATE """{template}"""
+PARAMETER stop "{stop}"
+PARAMETER temperature 0.65
+PARAMETER top_p 0.85
+PARAMETER num_ctx {positions}
+'''
+
+
+def modelfile(files: Sequence[str], tokenizer: Any, text: PreTrainedConfig) -> str | None:
+    """Content of the Modelfile; None if the chat template cannot be said in Ollama's language.
+
+    Args:
+        files: Names of the GGUF files beside it.
+        tokenizer: With the checkpoint's chat template.
+        text: Configuration of the decoder.
+    """
+    template = go_template(tokenizer)
+    return template and MODELFILE.format(
+        files="\n".join(f"FROM ./{file}" for file in files),
+        template=template,
+        stop=tokenizer.eos_token,
+        positions=min(text.max_position_embeddings, 8192),
+    )
+
+
+def go_template(tokenizer: Any) -> str | None:
+    """The chat template in the language of Go, read off chats: what it writes around a message of each role.
+
+    None if turns do not follow each other unchanged, as those of every release do.
+    """
+    place = "{{ .Content }}"
+    chat = [{"role": role, "content": place} for role in ("system", "user", "assistant")]
+    rendered = ["", *(render(tokenizer, chat[:end]) for end in (1, 2, 3))]
+    asked = render(tokenizer, chat[:2], add_generation_prompt=True)
+    alone = render(tokenizer, chat[1:2])
+    is_regular = all(after.startswith(before) for before, after in zip(rendered, rendered[1:], strict=False))
+    system, user, assistant = (after[len(before) :] for before, after in zip(rendered, rendered[1:], strict=False))
+    if not (is_regular and asked.startswith(rendered[2]) and alone.endswith(user)):
+        return None
+    default = alone.removesuffix(user)  # what stands there without a system message
+    turns = f'{{{{ if eq .Role "system" }}}}{system}{{{{ else if eq .Role "user" }}}}{user}{{{{ else }}}}{assistant}'
+    return (
+        (f"{{{{ if not .System }}}}{default}{{{{ end }}}}" if default else "")
+        + f"{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}"
+        + asked.removeprefix(rendered[2])
+    )
+
+
+def render(tokenizer: Any, chat: list[dict[str, str]], **options: Any) -> str:
+    return tokenizer.apply_chat_template(chat, tokenize=False, **options)
