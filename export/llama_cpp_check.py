@@ -30,9 +30,12 @@ def check_with_llama_cpp(checkpoint: str | Path, model: Path, tower: Path | None
     """
     try:
         from llama_cpp import GGML_TYPE_F32, Llama
+        from llama_cpp._logger import llama_log_callback
         from llama_cpp.llama_chat_format import MTMDChatHandler
+        from llama_cpp.mtmd_cpp import mtmd_helper_log_set
     except ImportError:
         return "no: for that, pip install llama-cpp-python (0.3.36 is known to work)"
+    mtmd_helper_log_set(llama_log_callback, None)  # quiet, as the rest of llama-cpp-python is
     engine = Llama(
         str(model),
         chat_handler=MTMDChatHandler(str(tower), verbose=False) if tower else None,
