@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import PIL.Image
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from ..common import atomic_output, load_processor
@@ -10,7 +11,7 @@ from .ollama import modelfile
 from .reading import read_own_checkpoint
 from .summary import Summary
 
-INSTEAD = "serve the checkpoint with vLLM or transformers serve"
+INSTEAD = "Serve the checkpoint with vLLM or transformers serve instead."
 
 
 def export_gguf(
@@ -43,100 +44,89 @@ def export_gguf(
     except ImportError as error:
         raise ImportError("GGUF needs the library gguf: pip install 'minimind-v[export]'") from error
     state, config = read_own_checkpoint(checkpoint)
-    if reason := decoder_obstacle(config.get_text_config()):
-        raise ValueError(f"llama.cpp cannot run this decoder: {reason}. Instead, {INSTEAD}.")
+    text, has_tower = config.get_text_config(), config.model_type == "minimind_v"
+    if obstacle := decoder_obstacle(text):
+        raise ValueError(f"llama.cpp cannot run this decoder: {obstacle}. {INSTEAD}")
     if not Path(checkpoint, "tokenizer.json").exists():
         raise ValueError(f"{checkpoint} has no tokenizer.json, which a GGUF file contains. Put the tokenizer there.")
-    obstacle = tower_obstacle(config)
-    kind, output, name = GGMLQuantizationType[precision.upper()], Path(output), Path(checkpoint).resolve().name
+    notes, output, name = [], Path(output), Path(checkpoint).resolve().name
+    if has_tower and (obstacle := tower_obstacle(config)):
+        has_tower = False
+        notes.append(f"Without the tower, so for text only: {obstacle}. {INSTEAD}")
+    kind = GGMLQuantizationType[precision.upper()]
     tower_kind = min(kind, GGMLQuantizationType.F16)
-    model, tower = f"model-{kind.name}.gguf", None if obstacle else f"mmproj-{tower_kind.name}.gguf"
-    processor = load_processor(checkpoint) if tower else None
-    tokenizer = (
-        processor.tokenizer if processor else AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-    )
-    notes = []
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    checked = "no, as asked for"
     with atomic_output(output, overwrite) as folder:
         folder.mkdir()
-        unquantized = write_decoder(folder / model, name, state, config, tokenizer, kind)
+        files = [folder / f"model-{kind.name}.gguf"]
+        unquantized = write_decoder(files[0], name, state, config, tokenizer, kind)
         if unquantized:
+            notes.append(f"F16 instead of {kind.name}: {len(unquantized)} matrices whose rows are no multiple of 32.")
+        if has_tower:
+            files.append(folder / f"mmproj-{tower_kind.name}.gguf")
+            image_processor = load_processor(checkpoint).image_processor
+            write_tower(files[1], name, state, config, image_processor, tower_kind)
             notes.append(
-                f"{len(unquantized)} matrices are F16: their rows are no multiple of 32, as {kind.name} needs."
+                "llama.cpp pads an image that is not square with grey, the checkpoint's processor stretches it."
             )
-        if processor:
-            write_tower(folder / tower, name, state, config, processor.image_processor, tower_kind)
-            notes += image_notes(processor.image_processor)
-        elif obstacle:
-            notes.append(f"Without the tower, so for text only: {obstacle}. For images, {INSTEAD}.")
-        if text := modelfile([model, tower] if tower else [model], tokenizer, config.get_text_config()):
-            (folder / "Modelfile").write_text(text, encoding="utf-8")
+            if image_processor.resample != PIL.Image.Resampling.BICUBIC:
+                notes.append("llama.cpp resizes images bicubically, the checkpoint's processor in another way.")
+        if ollama := modelfile([file.name for file in files], tokenizer, text):
+            (folder / "Modelfile").write_text(ollama, encoding="utf-8")
             notes.append(
-                "The Modelfile is written by Ollama's documentation and was not run (ollama create NAME -f Modelfile). "
-                "Ollama does not use the chat template's guard: control tokens that a user types act there."
+                "The Modelfile (ollama create NAME -f Modelfile) follows Ollama's documentation, it was not run."
             )
-        checked = "no, as asked for"
+            notes.append("Ollama does not run the chat template's guard: control tokens that a user types act there.")
         if check:
-            checked = check_with_llama_cpp(checkpoint, folder / model, tower and folder / tower, kind.name == "F32")
-    form = f"GGUF for llama.cpp and Ollama, {'with' if tower else 'without'} tower and projector"
-    return Summary(
-        output, form, kind.name + (f", tower and projector {tower_kind.name}" if tower else ""), checked, notes
-    )
+            checked = check_with_llama_cpp(checkpoint, files, text.max_position_embeddings, kind.name == "F32")
+    parts = "decoder, tower and projector" if has_tower else "decoder"
+    precisions = f"{kind.name}, tower and projector {tower_kind.name}" if has_tower else kind.name
+    return Summary(output, f"GGUF for llama.cpp and Ollama: {parts}", precisions, checked, notes)
 
 
 def decoder_obstacle(text: PreTrainedConfig) -> str | None:
-    """Which switch of a decoder llama.cpp cannot follow, if one."""
-    rope, obstacles = text.rope_parameters["rope_type"], []
+    """Which switch of a decoder llama.cpp cannot follow; None if it can follow all."""
+    rope = text.rope_parameters["rope_type"]
+    obstacles = {
+        f"rope_parameters has rope_type {rope!r}, which it computes in another way": rope != "default",
+        f"hidden_act is {text.hidden_act!r} instead of 'silu'": text.hidden_act != "silu",
+        "attention_bias is true": text.attention_bias,
+        "use_sliding_window is true": text.use_sliding_window,
+    }
     if text.use_moe:
-        sparse = range(text.decoder_sparse_step - 1, text.num_hidden_layers, text.decoder_sparse_step)
-        obstacles = [
-            (text.num_shared_experts, f"num_shared_experts is {text.num_shared_experts}, its qwen3moe has none"),
-            (not text.use_qk_norm, "use_qk_norm is false, its qwen3moe always has q/k norm"),
-            (
-                not text.norm_topk_prob,
-                "norm_topk_prob is false, its qwen3moe lets a token's weights always sum up to 1",
+        shared, sparse = (
+            text.num_shared_experts,
+            range(text.num_hidden_layers)[text.decoder_sparse_step - 1 :: text.decoder_sparse_step],
+        )
+        obstacles |= {
+            f"num_shared_experts is {shared}, and its qwen3moe has none": shared,
+            "use_qk_norm is false, and its qwen3moe always has q/k norm": not text.use_qk_norm,
+            "norm_topk_prob is false, and its qwen3moe always normalises": not text.norm_topk_prob,
+            "decoder_sparse_step or mlp_only_layers make layers dense, and its qwen3moe has experts in all": (
+                len(set(sparse) - set(text.mlp_only_layers)) < text.num_hidden_layers
             ),
-            (
-                len(set(sparse) - set(text.mlp_only_layers)) < text.num_hidden_layers,
-                "decoder_sparse_step or mlp_only_layers leave layers dense, its qwen3moe has experts in all",
-            ),
-        ]
-    obstacles += [
-        (rope != "default", f"rope_parameters has rope_type {rope!r}, which it computes differently"),
-        (text.hidden_act != "silu", f"hidden_act is {text.hidden_act!r}, it has silu there"),
-        (text.attention_bias, "attention_bias is true"),
-    ]
-    return next((reason for is_in_the_way, reason in obstacles if is_in_the_way), None)
+        }
+    return next((reason for reason, is_there in obstacles.items() if is_there), None)
 
 
 def tower_obstacle(config: PreTrainedConfig) -> str | None:
-    """Why llama.cpp cannot have tower and projector of a checkpoint; None if it can."""
-    if config.model_type == "minimind":
-        return "the checkpoint has none"
+    """Which switch of tower and projector llama.cpp cannot follow; None if it can follow all."""
     tower, size = config.vision_config, config.projector_merge_size
-    obstacles = [
-        (
-            tower.model_type == "clip_vision_model",
-            "vision_config is a clip_vision_model, of whose rows llama.cpp drops another one than CLS",
+    activation = getattr(tower, "hidden_act", None)
+    obstacles = {
+        "vision_config is a clip_vision_model, from whose rows llama.cpp drops another one than CLS": (
+            tower.model_type == "clip_vision_model"
         ),
-        (
-            tower.model_type != "siglip_vision_model",
-            f"vision_config is a {tower.model_type} (NaFlex), and llama.cpp has no such tower with this projector",
+        f"vision_config is a {tower.model_type} and not a siglip_vision_model, and projector_merge_size is {size}": (
+            tower.model_type != "siglip_vision_model"
         ),
-        (size > 1, f"projector_merge_size is {size}, and llama.cpp merges no patches before this projector"),
-        (config.projector_type != "mlp", f"projector_type is {config.projector_type!r} instead of 'mlp'"),
-        (not config.projector_norm, "projector_norm is false, and llama.cpp would need it"),
-        ("gelu" not in config.projector_hidden_act, f"projector_hidden_act is {config.projector_hidden_act!r}"),
-        (
-            getattr(tower, "hidden_act", None) != "gelu_pytorch_tanh",
-            "vision_config.hidden_act is not gelu_pytorch_tanh",
-        ),
-    ]
-    return next((reason for is_in_the_way, reason in obstacles if is_in_the_way), None)
-
-
-def image_notes(image_processor: object) -> list[str]:
-    """How llama.cpp prepares images otherwise than the checkpoint's processor."""
-    notes = ["llama.cpp pads an image that is not square with grey, where the checkpoint's processor stretches it."]
-    if image_processor.resample != 3:
-        notes.append("llama.cpp resizes images bicubically, where the checkpoint's processor does it bilinearly.")
-    return notes
+        f"projector_merge_size is {size}, and llama.cpp merges no patches before this projector": size > 1,
+        f"projector_type is {config.projector_type!r} instead of 'mlp'": config.projector_type != "mlp",
+        "projector_norm is false": not config.projector_norm,
+        f"projector_hidden_act is {config.projector_hidden_act!r} instead of 'gelu'": config.projector_hidden_act
+        != "gelu",
+        f"vision_config.hidden_act is {activation!r} instead of 'gelu_pytorch_tanh'": activation
+        != "gelu_pytorch_tanh",
+    }
+    return next((reason for reason, is_there in obstacles.items() if is_there), None)

@@ -86,23 +86,19 @@ def write_decoder(
 def decoder_tensors(state: State, text: PreTrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """The decoder's tensors under llama.cpp's names and in its order of rows."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture(text).upper()], text.num_hidden_layers)
-
-    def new(name: str) -> str:
-        return names.get_name(name.replace(LANGUAGE_MODEL, "model."), try_suffixes=(".weight",))
-
     for name, tensor in state.items():
+        stem = name.removesuffix(".weight").replace(LANGUAGE_MODEL, "model.")
         if name.startswith((TOWER, PROJECTOR)) or (name == "lm_head.weight" and text.tie_word_embeddings):
             continue
-        if name.endswith("experts.gate_up_proj"):
-            for part, half in zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True):
-                yield new(name.replace("gate_up_proj", f"{part}_proj.weight")), half
-        elif name.endswith("experts.down_proj"):
-            yield new(f"{name}.weight"), tensor
-        elif architecture(text) == "llama" and QUERY_OR_KEY.fullmatch(name):
+        if stem.endswith("experts.gate_up_proj"):
+            gate, up = tensor.chunk(2, dim=1)
+            yield names[stem.replace("gate_up", "gate")] + ".weight", gate
+            yield names[stem.replace("gate_up", "up")] + ".weight", up
+            continue
+        if architecture(text) == "llama" and QUERY_OR_KEY.fullmatch(name):
             # RoPE rotates the pairs (i, i + d/2) of a head here, and (2i, 2i + 1) in llama.cpp's Llama
-            yield new(name), tensor.unflatten(0, (-1, 2, text.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-        else:
-            yield new(name), tensor
+            tensor = tensor.unflatten(0, (-1, 2, text.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        yield names[stem] + ".weight", tensor
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, size: int) -> None:
@@ -186,27 +182,25 @@ def tower_tensors(state: State, config: PreTrainedConfig) -> Iterator[tuple[str,
     """The tensors of tower and projector under llama.cpp's names."""
     layers = config.vision_config.num_hidden_layers
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, layers)
-    post_layernorm = {}
     for name, tensor in state.items():
-        kind = name.rpartition(".")[2]
-        if name.startswith(TOWER + "post_layernorm."):
-            post_layernorm[kind] = tensor
-        elif name.startswith((TOWER + "embeddings.", TOWER + "encoder.")):  # not the pooling head, which has no use
-            old = name.replace(TOWER, "vision_tower.vision_model.")
-            yield names.get_name(old, try_suffixes=(".weight", ".bias")), tensor
-    yield from norm_as_block(f"v.blk.{layers}.", **post_layernorm)
-    projector = {"norm": "v.post_ln", "linear_1": "mm.0", "linear_2": "mm.1"}
-    for old, new in projector.items():
+        if name.startswith((TOWER + "embeddings.", TOWER + "encoder.")):  # not the pooling head, which has no use
+            stem, _, kind = name.replace(TOWER, "vision_tower.vision_model.").rpartition(".")
+            yield f"{names[stem]}.{kind}", tensor
+    weight, bias = (state[f"{TOWER}post_layernorm.{kind}"] for kind in ("weight", "bias"))
+    yield from norm_as_block(f"v.blk.{layers}.", weight, bias)
+    for old, new in {"norm": "v.post_ln", "linear_1": "mm.0", "linear_2": "mm.1"}.items():
         for kind in ("weight", "bias"):
             yield f"{new}.{kind}", state[f"{PROJECTOR}{old}.{kind}"]
 
 
 def norm_as_block(block: str, weight: torch.Tensor, bias: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A transformer block that is a LayerNorm: `post_layernorm`, because llama.cpp has one norm after the blocks only.
+    """A transformer block that is a LayerNorm: `post_layernorm`, since llama.cpp has one norm only after the blocks.
 
-    That one is taken by the projector's. A block computes `x + down(gelu(up(norm(x))))` when its attention is zero.
-    With `up` = [I, -I] the FFN is the identity, since gelu(z) - gelu(-z) = z. The scales make `x` vanish beside it
-    (2^-18), which the projector's norm undoes, and bring `z` where llama.cpp's table of gelu is exact.
+    That one is the projector's. A block computes `x + down(gelu(up(norm(x))))` when its attention is zero. With `up` =
+    [I, -I] and `down` = [I, -I] its FFN is the identity, because gelu(z) - gelu(-z) = z. The scale of 2^18 makes `x`
+    vanish beside it, and the projector's norm undoes it. With `x` vanishes that norm's eps of 1e-5: where the features
+    have a variance of v, they come out larger by 1e-5 / 2v. 2^8 of the 2^18 stand before gelu, whose table in llama.cpp
+    is exact for large numbers only.
     """
     width = len(weight)
     identity, zero = torch.eye(width), torch.zeros(width, width)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ from ..common import load_processor
 from .verification import MAX_NEW_TOKENS, Question, compare_answers
 
 
-def check_with_llama_cpp(checkpoint: str | Path, model: Path, tower: Path | None, is_exact: bool) -> str:
+def check_with_llama_cpp(checkpoint: str | Path, files: Sequence[Path], positions: int, is_exact: bool) -> str:
     """Asks both, if llama-cpp-python is installed.
 
     llama.cpp gets images in the tower's size, so that its own resizing does not decide.
 
     Args:
         checkpoint: Folder of this package.
-        model, tower: The GGUF files.
+        files: The GGUF files: of the decoder, and where there is one of the tower.
+        positions: Of the decoder.
         is_exact: They are float32.
 
     Returns:
@@ -35,18 +37,19 @@ def check_with_llama_cpp(checkpoint: str | Path, model: Path, tower: Path | None
         from llama_cpp.mtmd_cpp import mtmd_helper_log_set
     except ImportError:
         return "no: for that, pip install llama-cpp-python (0.3.36 is known to work)"
+    has_tower = len(files) > 1
     mtmd_helper_log_set(llama_log_callback, None)  # quiet, as the rest of llama-cpp-python is
     engine = Llama(
-        str(model),
-        chat_handler=MTMDChatHandler(str(tower), verbose=False) if tower else None,
-        n_ctx=1024,
+        str(files[0]),
+        chat_handler=MTMDChatHandler(str(files[1]), verbose=False) if has_tower else None,
+        n_ctx=min(positions, 1024),
         type_k=GGML_TYPE_F32,
         type_v=GGML_TYPE_F32,
         verbose=False,
     )
-    pixels = load_processor(checkpoint).image_processor if tower else None
+    pixels = load_processor(checkpoint).image_processor if has_tower else None
     try:
-        checked = compare_answers(checkpoint, lambda question: ask(engine, question, pixels), is_exact, bool(tower))
+        checked = compare_answers(checkpoint, lambda question: ask(engine, question, pixels), is_exact, has_tower)
     finally:
         engine.close()
     return checked + ", by llama.cpp"

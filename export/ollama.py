@@ -1,5 +1,6 @@
 """The Modelfile with which Ollama makes a model of GGUF files."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,22 +39,17 @@ def go_template(tokenizer: Any) -> str | None:
 
     None if turns do not follow each other unchanged, as those of every release do.
     """
-    place = "{{ .Content }}"
-    chat = [{"role": role, "content": place} for role in ("system", "user", "assistant")]
-    rendered = ["", *(render(tokenizer, chat[:end]) for end in (1, 2, 3))]
-    asked = render(tokenizer, chat[:2], add_generation_prompt=True)
-    alone = render(tokenizer, chat[1:2])
-    is_regular = all(after.startswith(before) for before, after in zip(rendered, rendered[1:], strict=False))
-    system, user, assistant = (after[len(before) :] for before, after in zip(rendered, rendered[1:], strict=False))
-    if not (is_regular and asked.startswith(rendered[2]) and alone.endswith(user)):
+    chat = [{"role": role, "content": "{{ .Content }}"} for role in ("system", "user", "assistant")]
+    chats = ["", *(render(tokenizer, chat[:end]) for end in (1, 2, 3))]
+    asked, unguided = render(tokenizer, chat[:2], add_generation_prompt=True), render(tokenizer, chat[1:2])
+    system, user, assistant = (after[len(before) :] for before, after in itertools.pairwise(chats))
+    follows = all(after.startswith(before) for before, after in [*itertools.pairwise(chats), (chats[2], asked)])
+    if not follows or not unguided.endswith(user):
         return None
-    default = alone.removesuffix(user)  # what stands there without a system message
-    turns = f'{{{{ if eq .Role "system" }}}}{system}{{{{ else if eq .Role "user" }}}}{user}{{{{ else }}}}{assistant}'
-    return (
-        (f"{{{{ if not .System }}}}{default}{{{{ end }}}}" if default else "")
-        + f"{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}"
-        + asked.removeprefix(rendered[2])
-    )
+    default = unguided.removesuffix(user)  # what stands there without a system message
+    default = f"{{{{ if not .System }}}}{default}{{{{ end }}}}" if default else ""
+    turn = f'{{{{ if eq .Role "system" }}}}{system}{{{{ else if eq .Role "user" }}}}{user}{{{{ else }}}}{assistant}'
+    return f"{default}{{{{ range .Messages }}}}{turn}{{{{ end }}}}{{{{ end }}}}{asked.removeprefix(chats[2])}"
 
 
 def render(tokenizer: Any, chat: list[dict[str, str]], **options: Any) -> str:

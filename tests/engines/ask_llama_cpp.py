@@ -40,7 +40,9 @@ def ask(messages, max_tokens):
 
 given = []
 for question in json.loads(questions.read_text(encoding="utf-8")):
-    urls = [f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}" for path in question["images"]]
+    urls = [
+        f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}" for path in question["images"]
+    ]
     content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     content.append({"type": "text", "text": question["text"]})
     messages = [{"role": "user", "content": content if urls else question["text"]}]
