@@ -1,5 +1,6 @@
 """Checkpoints of this package -> GGUF files for llama.cpp and Ollama."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import PIL.Image
@@ -35,7 +36,7 @@ def export_gguf(
         AnswersDifferError: The output does not answer as the checkpoint.
         FileExistsError: The output exists and is not empty.
         ImportError: The library gguf is missing.
-        ValueError: Not a checkpoint of this package, without a tokenizer, or nothing in llama.cpp computes the same.
+        ValueError: Not a checkpoint of this package, without a tokenizer, or llama.cpp cannot run its decoder.
     """
     try:
         from gguf import GGMLQuantizationType
@@ -45,17 +46,18 @@ def export_gguf(
         raise ImportError("GGUF needs the library gguf: pip install 'minimind-v[export]'") from error
     state, config = read_own_checkpoint(checkpoint)
     text, has_tower = config.get_text_config(), config.model_type == "minimind_v"
-    if obstacle := decoder_obstacle(text):
+    if obstacle := next(decoder_obstacles(text), None):
         raise ValueError(f"llama.cpp cannot run this decoder: {obstacle}. {INSTEAD}")
-    if not Path(checkpoint, "tokenizer.json").exists():
-        raise ValueError(f"{checkpoint} has no tokenizer.json, which a GGUF file contains. Put the tokenizer there.")
+    has_tokenizer = Path(checkpoint, "tokenizer.json").exists()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False) if has_tokenizer else None
+    if tokenizer is None or not tokenizer.chat_template:
+        raise ValueError(f"{checkpoint} lacks tokenizer.json or its chat template, which a GGUF file holds. Add them.")
     notes, output, name = [], Path(output), Path(checkpoint).resolve().name
-    if has_tower and (obstacle := tower_obstacle(config)):
+    if has_tower and (obstacles := list(tower_obstacles(config))):
         has_tower = False
-        notes.append(f"Without the tower, so for text only: {obstacle}. {INSTEAD}")
+        notes.append(f"Without the tower, so for text only: {'; '.join(obstacles)}. {INSTEAD}")
     kind = GGMLQuantizationType[precision.upper()]
-    tower_kind = min(kind, GGMLQuantizationType.F16)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    tower_kind = kind if kind == GGMLQuantizationType.F32 else GGMLQuantizationType.F16
     checked = "no, as asked for"
     with atomic_output(output, overwrite) as folder:
         folder.mkdir()
@@ -75,8 +77,10 @@ def export_gguf(
         if ollama := modelfile([file.name for file in files], tokenizer, text):
             (folder / "Modelfile").write_text(ollama, encoding="utf-8")
             notes.append(
-                "The Modelfile (ollama create NAME -f Modelfile) follows Ollama's documentation, it was not run."
+                "The Modelfile follows Ollama's documentation and was not run: ollama create NAME -f Modelfile."
             )
+            if has_tower:
+                notes.append("Its second FROM, for images, is not in that documentation: some versions refuse it.")
             notes.append("Ollama does not run the chat template's guard: control tokens that a user types act there.")
         if check:
             checked = check_with_llama_cpp(checkpoint, files, text.max_position_embeddings, kind.name == "F32")
@@ -85,48 +89,42 @@ def export_gguf(
     return Summary(output, f"GGUF for llama.cpp and Ollama: {parts}", precisions, checked, notes)
 
 
-def decoder_obstacle(text: PreTrainedConfig) -> str | None:
-    """Which switch of a decoder llama.cpp cannot follow; None if it can follow all."""
-    rope = text.rope_parameters["rope_type"]
-    obstacles = {
-        f"rope_parameters has rope_type {rope!r}, which it computes in another way": rope != "default",
-        f"hidden_act is {text.hidden_act!r} instead of 'silu'": text.hidden_act != "silu",
-        "attention_bias is true": text.attention_bias,
-        "use_sliding_window is true": text.use_sliding_window,
-    }
-    if text.use_moe:
-        shared, sparse = (
-            text.num_shared_experts,
-            range(text.num_hidden_layers)[text.decoder_sparse_step - 1 :: text.decoder_sparse_step],
-        )
-        obstacles |= {
-            f"num_shared_experts is {shared}, and its qwen3moe has none": shared,
-            "use_qk_norm is false, and its qwen3moe always has q/k norm": not text.use_qk_norm,
-            "norm_topk_prob is false, and its qwen3moe always normalises": not text.norm_topk_prob,
-            "decoder_sparse_step or mlp_only_layers make layers dense, and its qwen3moe has experts in all": (
-                len(set(sparse) - set(text.mlp_only_layers)) < text.num_hidden_layers
-            ),
-        }
-    return next((reason for reason, is_there in obstacles.items() if is_there), None)
+def decoder_obstacles(text: PreTrainedConfig) -> Iterator[str]:
+    """The switches of a decoder that llama.cpp cannot follow."""
+    if (rope := text.rope_parameters["rope_type"]) != "default":
+        yield f"rope_parameters has rope_type {rope!r}, which it computes in another way"
+    if text.hidden_act != "silu":
+        yield f"hidden_act is {text.hidden_act!r} instead of 'silu'"
+    if text.attention_bias:
+        yield "attention_bias is true"
+    if text.use_sliding_window:
+        yield "use_sliding_window is true"
+    if not text.use_moe:
+        return
+    if text.num_shared_experts:
+        yield f"num_shared_experts is {text.num_shared_experts}, and its qwen3moe has none"
+    if not text.use_qk_norm:
+        yield "use_qk_norm is false, and its qwen3moe always has q/k norm"
+    if not text.norm_topk_prob:
+        yield "norm_topk_prob is false, and its qwen3moe always normalises"
+    if text.decoder_sparse_step > 1 or text.mlp_only_layers:
+        yield "decoder_sparse_step or mlp_only_layers except layers, and its qwen3moe has experts in all"
 
 
-def tower_obstacle(config: PreTrainedConfig) -> str | None:
-    """Which switch of tower and projector llama.cpp cannot follow; None if it can follow all."""
+def tower_obstacles(config: PreTrainedConfig) -> Iterator[str]:
+    """The switches of tower and projector that llama.cpp cannot follow."""
     tower, size = config.vision_config, config.projector_merge_size
-    activation = getattr(tower, "hidden_act", None)
-    obstacles = {
-        "vision_config is a clip_vision_model, from whose rows llama.cpp drops another one than CLS": (
-            tower.model_type == "clip_vision_model"
-        ),
-        f"vision_config is a {tower.model_type} and not a siglip_vision_model, and projector_merge_size is {size}": (
-            tower.model_type != "siglip_vision_model"
-        ),
-        f"projector_merge_size is {size}, and llama.cpp merges no patches before this projector": size > 1,
-        f"projector_type is {config.projector_type!r} instead of 'mlp'": config.projector_type != "mlp",
-        "projector_norm is false": not config.projector_norm,
-        f"projector_hidden_act is {config.projector_hidden_act!r} instead of 'gelu'": config.projector_hidden_act
-        != "gelu",
-        f"vision_config.hidden_act is {activation!r} instead of 'gelu_pytorch_tanh'": activation
-        != "gelu_pytorch_tanh",
-    }
-    return next((reason for reason, is_there in obstacles.items() if is_there), None)
+    if tower.model_type == "clip_vision_model":
+        yield "vision_config is a clip_vision_model, from whose rows llama.cpp drops another one than CLS"
+    elif tower.model_type != "siglip_vision_model":
+        yield f"vision_config is a {tower.model_type}, and llama.cpp has this projector for siglip_vision_model only"
+    elif tower.hidden_act != "gelu_pytorch_tanh":
+        yield f"vision_config.hidden_act is {tower.hidden_act!r} instead of 'gelu_pytorch_tanh'"
+    if size > 1:
+        yield f"projector_merge_size is {size}, and llama.cpp merges no patches before this projector"
+    if config.projector_type != "mlp":
+        yield f"projector_type is {config.projector_type!r} instead of 'mlp'"
+    if not config.projector_norm:
+        yield "projector_norm is false"
+    if config.projector_hidden_act != "gelu":
+        yield f"projector_hidden_act is {config.projector_hidden_act!r} instead of 'gelu'"

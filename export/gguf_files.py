@@ -197,10 +197,10 @@ def norm_as_block(block: str, weight: torch.Tensor, bias: torch.Tensor) -> Itera
     """A transformer block that is a LayerNorm: `post_layernorm`, since llama.cpp has one norm only after the blocks.
 
     That one is the projector's. A block computes `x + down(gelu(up(norm(x))))` when its attention is zero. With `up` =
-    [I, -I] and `down` = [I, -I] its FFN is the identity, because gelu(z) - gelu(-z) = z. The scale of 2^18 makes `x`
+    [I, -I] and `down` = [I, -I] its FFN is the identity, for gelu(z) - gelu(-z) = z. The scale of 2^18 makes `x`
     vanish beside it, and the projector's norm undoes it. With `x` vanishes that norm's eps of 1e-5: where the features
-    have a variance of v, they come out larger by 1e-5 / 2v. 2^8 of the 2^18 stand before gelu, whose table in llama.cpp
-    is exact for large numbers only.
+    have a variance of v, they come out larger by 1e-5 / 2v. 2^8 of the 2^18 stand before gelu, because llama.cpp's
+    table of it is exact for large numbers only.
     """
     width = len(weight)
     identity, zero = torch.eye(width), torch.zeros(width, width)
@@ -218,9 +218,7 @@ def norm_as_block(block: str, weight: torch.Tensor, bias: torch.Tensor) -> Itera
 
 def write_tensors(writer: gguf.GGUFWriter, tensors: State, type_of: Callable[[str, torch.Tensor], Type]) -> None:
     """Writes the file: what the writer knows already, and the tensors in the types that `type_of` says."""
-    for name, tensor in tqdm(
-        tensors.items(), desc=f"writing {writer.path.name}", unit="tensor", leave=False, disable=None
-    ):
+    for name, tensor in tqdm(tensors.items(), desc="writing GGUF", unit="tensor", leave=False, disable=None):
         kind = type_of(name, tensor)
         writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()

@@ -13,6 +13,7 @@ TEMPLATE """{template}"""
 PARAMETER stop "{stop}"
 PARAMETER temperature 0.65
 PARAMETER top_p 0.85
+PARAMETER top_k 50
 PARAMETER num_ctx {positions}
 '''
 
@@ -48,8 +49,9 @@ def go_template(tokenizer: Any) -> str | None:
         return None
     default = unguided.removesuffix(user)  # what stands there without a system message
     default = f"{{{{ if not .System }}}}{default}{{{{ end }}}}" if default else ""
-    turn = f'{{{{ if eq .Role "system" }}}}{system}{{{{ else if eq .Role "user" }}}}{user}{{{{ else }}}}{assistant}'
-    return f"{default}{{{{ range .Messages }}}}{turn}{{{{ end }}}}{{{{ end }}}}{asked.removeprefix(chats[2])}"
+    turns = {"system": system, "user": user, "assistant": assistant}
+    turn = "".join(f'{{{{ if eq .Role "{role}" }}}}{text}{{{{ end }}}}' for role, text in turns.items())
+    return f"{default}{{{{ range .Messages }}}}{turn}{{{{ end }}}}{asked.removeprefix(chats[2])}"
 
 
 def render(tokenizer: Any, chat: list[dict[str, str]], **options: Any) -> str:
