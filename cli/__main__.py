@@ -468,6 +468,12 @@ def convert(checkpoint: str, output: str, dtype: str | None, **options: Any) -> 
 
 
 FORMATS = {
+    "gguf": Format(
+        "export_gguf",
+        "GGUF files for llama.cpp and Ollama: the decoder, of MiniMind-3 also the tower.",
+        "  minimind-v export gguf my-model my-model-gguf --precision q8_0",
+        precisions=("q8_0", "f16", "f32", "q4_0"),
+    ),
     "text": Format(
         "export_text_backbone",
         "The decoder as a plain Qwen3, Qwen3-MoE or Llama model, for MLX and others that know those.",

@@ -1,8 +1,16 @@
 """Checkpoints of this package -> other programs: the original project, plain models of the library, other runtimes."""
 
+from .gguf import export_gguf
 from .original import export_to_original
 from .summary import Summary
 from .text import export_text_backbone, library_config
 from .verification import AnswersDifferError
 
-__all__ = ["AnswersDifferError", "Summary", "export_text_backbone", "export_to_original", "library_config"]
+__all__ = [
+    "AnswersDifferError",
+    "Summary",
+    "export_gguf",
+    "export_text_backbone",
+    "export_to_original",
+    "library_config",
+]
