@@ -453,7 +453,7 @@ def test_llama_cpp_answers_as_the_embedded_model_in_lower_precision(precision, t
 
 
 def test_ask_script_needs_only_the_folder(tmp_path, llama_cpp):
-    """`tests/engines/ask_llama_cpp.py`, which is how tests/runtimes.py asks."""
+    """`benchmarks/engines/ask_llama_cpp.py`, which is how tests/runtimes.py asks."""
     folder = export("embedded", tmp_path, check=False).output
     images = [str(REPOSITORY / "examples" / "images" / f"{name}.png") for name in ("apple", "dog")]
     asked = {"one": images[:1], "none": [], "two": images}
@@ -461,7 +461,7 @@ def test_ask_script_needs_only_the_folder(tmp_path, llama_cpp):
         {"id": name, "text": "What is this?", "images": paths, "max_new_tokens": 16} for name, paths in asked.items()
     ]
     (tmp_path / "questions.json").write_text(json.dumps(questions))
-    script = REPOSITORY / "tests" / "engines" / "ask_llama_cpp.py"
+    script = REPOSITORY / "benchmarks" / "engines" / "ask_llama_cpp.py"
     command = [sys.executable, script, folder, tmp_path / "questions.json", tmp_path / "answers.json"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert result.returncode == 0 and not result.stdout + result.stderr
