@@ -78,3 +78,31 @@ def make_processor(config: MiniMindVConfig) -> MiniMindVProcessor:
     size = {"height": 256, "width": 256}
     image_processor = CLIPImageProcessorPil() if is_clip else SiglipImageProcessorPil(size=size)
     return MiniMindVProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+
+
+def answer_in_words(model: MiniMindVForConditionalGeneration, tokenizer: Any) -> None:
+    """Makes random weights answer with plain words that depend on the whole prompt, and never end.
+
+    So answers have the length that was asked for, near ties do not decide, and the text is the same however a runtime
+    decodes parts of characters. Fresh weights, which are small, would repeat the last token of the prompt.
+    """
+    tokens = [
+        str(token).strip("Ġ")
+        for token in tokenizer.convert_ids_to_tokens(range(model.config.get_text_config().vocab_size))
+    ]
+    is_word = torch.tensor([token.isascii() and token.isalpha() for token in tokens])
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight *= 4
+        model.get_input_embeddings().weight[~is_word] *= 0.05
+
+
+def save_checkpoint(name: str, folder: Path) -> Path:
+    """Saves a model of one of `SIZES` with its processor."""
+    model = make_model(name)
+    processor = make_processor(model.config)
+    answer_in_words(model, processor.tokenizer)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

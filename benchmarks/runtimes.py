@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from asking import RUNTIMES, ask, make_environment
-from real_sizes import SIZES, make_model, make_processor
+from real_sizes import SIZES, save_checkpoint
 from tqdm import tqdm
 
 from inference import limits
@@ -33,12 +33,7 @@ HEADER = """\
 
 def make_candidates(size: str, names: list[str], environments: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """What `ask` takes, for each runtime and precision."""
-    checkpoint = folder / size
-    model = make_model(size)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[:3] = 0  # padding and the tokens of a turn
-    model.save_pretrained(checkpoint)
-    make_processor(model.config).save_pretrained(checkpoint)
+    checkpoint = save_checkpoint(size, folder / size)
     script = "ask_transformers.py"
     candidates: dict[str, dict[str, Any]] = {
         f"transformers {variant}": {

@@ -32,10 +32,20 @@ load_seconds = time.perf_counter() - started
 
 
 def ask(messages, max_tokens):
-    """Greedy answer, and how long it took."""
-    start = time.perf_counter()
-    reply = engine.create_chat_completion(messages, max_tokens=max_tokens, temperature=0, repeat_penalty=1)
-    return reply, time.perf_counter() - start
+    """Greedy answer with its times, of a prompt that the engine has not seen."""
+    engine.reset()
+    began, first, pieces = time.perf_counter(), None, []
+    for chunk in engine.create_chat_completion(
+        messages, max_tokens=max_tokens, temperature=0, repeat_penalty=1, stream=True
+    ):
+        if piece := chunk["choices"][0]["delta"].get("content"):
+            first = first or time.perf_counter() - began
+            pieces.append(piece)
+    seconds = time.perf_counter() - began
+    text = "".join(pieces)
+    tokens = len(engine.tokenize(text.encode(), add_bos=False)) + 1  # the end token has no text
+    times = {"first_token_seconds": first or seconds, "seconds": seconds}
+    return {"text": text.strip(), "tokens": min(tokens, max_tokens)} | times
 
 
 given = []
@@ -46,17 +56,7 @@ for question in json.loads(questions.read_text(encoding="utf-8")):
     content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     content.append({"type": "text", "text": question["text"]})
     messages = [{"role": "user", "content": content if urls else question["text"]}]
-    _, first_token_seconds = ask(messages, 1)
-    reply, seconds = ask(messages, question["max_new_tokens"])
-    given.append(
-        {
-            "id": question["id"],
-            "text": reply["choices"][0]["message"]["content"].strip(),
-            "tokens": reply["usage"]["completion_tokens"],
-            "first_token_seconds": first_token_seconds,
-            "seconds": seconds,
-        }
-    )
+    given.append({"id": question["id"]} | ask(messages, question["max_new_tokens"]))
 engine.close()
 
 result = {
