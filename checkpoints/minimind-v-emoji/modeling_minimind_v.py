@@ -32,7 +32,6 @@ from .processing_minimind_v import MiniMindVProcessor  # noqa: F401 - a saved mo
 from .router_loss_minimind_v import number_rows, router_auxiliary_loss
 from .vision_tower_minimind_v import NAFLEX, image_shape
 
-
 # --- The decoder -----------------------------------------------------------------------------------------------------
 
 
