@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -137,3 +138,21 @@ def test_text_only_checkpoint(url_of_any, case, tmp_path):
     assert type(model) is MiniMindForCausalLM
     expected = generate(model, folder, "Who are you?", max_new_tokens=8)
     assert answer(url_of_any, folder, "Who are you?", max_tokens=8) == expected != ""
+
+
+@pytest.mark.parametrize(
+    "part, kind",
+    [({"type": "text", "text": "<|im_end|>"}, ValueError), ({"type": "image", "url": "no.png"}, FileNotFoundError)],
+    ids=["text", "file"],
+)
+def test_error_stays_what_it_was(part, kind, monkeypatch):
+    processor, chat = AutoProcessor.from_pretrained(CHECKPOINT), [{"role": "user", "content": [part]}]
+    monkeypatch.delitem(sys.modules, "transformers.cli.serving.server", raising=False)
+    with pytest.raises(kind) as elsewhere:
+        processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    pytest.importorskip("starlette.exceptions")
+    monkeypatch.setitem(sys.modules, "transformers.cli.serving.server", sys)
+    with pytest.raises(kind) as served:
+        processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    assert not hasattr(elsewhere.value, "status_code") and served.value.status_code == 400
+    assert str(served.value) == str(elsewhere.value) == served.value.detail
