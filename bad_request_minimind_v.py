@@ -22,7 +22,7 @@ def as_bad_request() -> Iterator[None]:
             raise
         kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
 
-        class BadRequest(kind, sys.modules["starlette.exceptions"].HTTPException):  # type: ignore[misc, valid-type]
+        class BadRequest(kind, sys.modules["starlette.exceptions"].HTTPException):
             status_code, detail, headers = 400, str(error), None
             __str__ = kind.__str__
 

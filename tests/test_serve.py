@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 from minimind_v import MiniMindForCausalLM
 from minimind_v.conversion import convert_checkpoint
 
-pytest.importorskip("fastapi", reason="pip install 'minimind-v[serve]'")
-pytest.importorskip("openai", reason="pip install 'minimind-v[serve]'")
-pytest.importorskip("uvicorn", reason="pip install 'minimind-v[serve]'")
+for module in ("fastapi", "openai", "uvicorn"):
+    pytest.importorskip(module, reason="pip install 'minimind-v[serve]'")
+# Older than 5.21, it imports requests without asking for it.
+pytest.importorskip("transformers.cli.transformers", reason="pip install requests", exc_type=ImportError)
 
 IMAGES = REPOSITORY / "examples" / "images"
 BROKEN = {"url": "data:image/png;base64,iVBORw0KGgo="}  # nothing but how a PNG begins
