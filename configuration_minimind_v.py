@@ -13,9 +13,16 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19):
     raise ImportError(f"MiniMind-V needs transformers >= 5.19.0, not {transformers.__version__}: install a newer one.")
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import strict  # checks the types, then calls validate_architecture
+from transformers.models.auto import modeling_auto
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 
 from .vision_tower_minimind_v import count_image_tokens, vision_tower_config
+
+# Pipelines and `transformers serve` look a model's class up in these tables, before they import its file.
+TEXT, VISION = {"minimind": "MiniMindForCausalLM"}, {"minimind_v": "MiniMindVForConditionalGeneration"}
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(TEXT | VISION)
+modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.update(TEXT | VISION)
+modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.update(VISION)
 
 
 @strict
@@ -95,6 +102,7 @@ class MiniMindConfig(Qwen3MoeConfig):
             "AutoConfig": "configuration_minimind_v.MiniMindConfig",
             "AutoModel": "modeling_minimind_v.MiniMindModel",
             "AutoModelForCausalLM": "modeling_minimind_v.MiniMindForCausalLM",
+            "AutoModelForMultimodalLM": "modeling_minimind_v.MiniMindForCausalLM",
         }
         return output
 

@@ -9,6 +9,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 class MiniMindVGenerationMixin:
     """Stands before the library's GenerationMixin: images follow rows, beams and chats that go on."""
 
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Continuous batching by the library, of prompts without images.
+
+        Raises:
+            ValueError: There are images, which continuous batching would drop without a word.
+        """
+        has_image = any(self.config.image_token_id in prompt for prompt in inputs)
+        if has_image or kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs") is not None:
+            raise ValueError("generate_batch takes text only and would drop the images. Pass them to generate().")
+        return super().generate_batch(inputs, *args, **kwargs)
+
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, input_ids: torch.LongTensor | None = None, **kwargs: Any
     ) -> tuple[torch.LongTensor, dict[str, Any]]:

@@ -22,7 +22,6 @@ from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.models.auto import modeling_auto
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
@@ -32,12 +31,6 @@ from .generation_minimind_v import MiniMindVGenerationMixin
 from .processing_minimind_v import MiniMindVProcessor  # noqa: F401 - a saved model takes along the files it imports
 from .router_loss_minimind_v import number_rows, router_auxiliary_loss
 from .vision_tower_minimind_v import NAFLEX, image_shape
-
-# Pipelines log an error for a model class that is not in these tables.
-modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["minimind"] = "MiniMindForCausalLM"
-modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["minimind_v"] = "MiniMindVForConditionalGeneration"
-modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["minimind_v"] = "MiniMindVForConditionalGeneration"
-
 
 # --- The decoder -----------------------------------------------------------------------------------------------------
 

@@ -86,10 +86,8 @@ def answer_in_words(model: MiniMindVForConditionalGeneration, tokenizer: Any) ->
     So answers have the length that was asked for, near ties do not decide, and the text is the same however a runtime
     decodes parts of characters. Fresh weights, which are small, would repeat the last token of the prompt.
     """
-    tokens = [
-        str(token).strip("Ġ")
-        for token in tokenizer.convert_ids_to_tokens(range(model.config.get_text_config().vocab_size))
-    ]
+    ids = range(model.config.get_text_config().vocab_size)
+    tokens = [(token or "").strip("Ġ") for token in tokenizer.convert_ids_to_tokens(ids)]
     is_word = torch.tensor([token.isascii() and token.isalpha() for token in tokens])
     with torch.no_grad():
         for weight in model.parameters():

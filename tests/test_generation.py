@@ -3,9 +3,11 @@
 import pytest
 import torch
 import transformers
-from conftest import IDS, KINDS, make_model, picture, split_images, user
+from conftest import IDS, KINDS, make_model, make_text_config, picture, split_images, user
 from packaging.version import Version
-from transformers import DynamicCache, TextIteratorStreamer
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, TextIteratorStreamer
+
+from minimind_v import MiniMindForCausalLM
 
 NEW_TOKENS = 12
 
@@ -207,3 +209,39 @@ def test_compiled_decoding_with_a_static_cache(make_processor, pictures, encode)
     model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
     torch._dynamo.reset()
     assert answers(model, inputs, cache_implementation="static") == expected
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "experts"])
+@pytest.mark.parametrize("is_text", [True, False], ids=["text", "images"])
+def test_continuous_batching_of_text(is_text, moe):
+    """Prompts of different lengths, each answered as alone."""
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(make_text_config(moe)).eval() if is_text else make_model("siglip", moe)
+    prompts = [[1, 20, 30, 40], [1, 50, 60, 70, 80, 90, 100], [1, 7]]
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": 2, "pad_token_id": 0}
+    config = GenerationConfig(**options)
+    single = [
+        model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    small = ContinuousBatchingConfig(block_size=32, num_blocks=8, max_batch_tokens=64)  # left out, most of the memory
+    batch = model.generate_batch(prompts, generation_config=config, continuous_batching_config=small)
+    assert [result.generated_tokens for result in batch.values()] == single
+
+
+@pytest.mark.parametrize("tower, moe", KINDS, ids=IDS)
+def test_continuous_batching_refuses_images(tower, moe, make_processor, encode):
+    model = make_model(tower, moe)
+    inputs = encode(make_processor(tower), user(picture(), "What is this?"))
+    prompts = inputs["input_ids"].tolist()
+    features = model.get_image_features(
+        **{k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    )
+    for arguments in (
+        {"inputs": prompts},
+        {"inputs": [[1, 20], *prompts]},
+        {"inputs": [[1, 20]], "pixel_values": inputs["pixel_values"]},
+        {"inputs": [[1, 20]], "mm_encoder_outputs": {"image": features}},
+    ):
+        with pytest.raises(ValueError, match=r"generate_batch takes text only.*generate\(\)"):
+            model.generate_batch(**arguments)

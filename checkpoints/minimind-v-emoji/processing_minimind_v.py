@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException, get_json_schema
 
+from .bad_request_minimind_v import as_bad_request
 from .chat_checking_minimind_v import check_chat, check_texts
 from .downloading_minimind_v import host_names
 from .image_loading_minimind_v import MAX_PIXELS, load_image
@@ -166,6 +167,7 @@ class MiniMindVProcessor(ProcessorMixin):
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
 
+    @as_bad_request()
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """Renders a chat, or a list of chats; with `tokenize=True, return_dict=True`, makes the model's inputs.
 
