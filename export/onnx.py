@@ -118,7 +118,7 @@ def write_graphs(
             tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
             for name in ("auto_map", "image_placeholder", "processor_class"):  # of this package's processor
                 tokenizer.init_kwargs.pop(name, None)
-            tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(folder, save_jinja_files=False)  # transformers.js reads no others
         checked = "no, as asked for"
         if not has_tokenizer:
             checked = "no: the checkpoint has no tokenizer to ask with"

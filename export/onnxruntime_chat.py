@@ -95,7 +95,7 @@ class Chat:
         self.tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = refuse
-        template = Path(folder, "chat_template.jinja").read_text(encoding="utf-8")
+        template = self.model.read_json("tokenizer_config.json")["chat_template"]
         # {% generation %} marks answers for training; here it does nothing
         template = re.sub(r"generation(?= *-?%})", lambda found: "if true", template.replace("endgeneration", "endif"))
         self.template = environment.from_string(template)
