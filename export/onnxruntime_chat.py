@@ -102,8 +102,6 @@ class Chat:
 
     def ask(self, text: str, images: Iterable[str | Path] = (), max_new_tokens: int = 256) -> Iterator[str]:
         """Pieces of the answer as they come."""
-        from tokenizers.decoders import DecodeStream
-
         images = list(images)
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
         messages = [{"role": "user", "content": content if images else text}]
@@ -113,11 +111,17 @@ class Chat:
             processor = self.model.read_json("preprocessor_config.json")
             features = self.model.encode_images(np.stack([load_pixels(image, processor) for image in images]))
             prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * features.shape[1])
-        stream = DecodeStream(skip_special_tokens=True)
-        for token in self.model.generate(
-            self.tokenizer.encode(prompt, add_special_tokens=False).ids, features, max_new_tokens
-        ):
-            yield stream.step(self.tokenizer, token) or ""
+        prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        ids: list[int] = []
+        answer = shown = ""
+        for token in self.model.generate(prompt_ids, features, max_new_tokens):
+            ids.append(token)
+            answer = self.tokenizer.decode(ids, skip_special_tokens=True)
+            whole = answer.rstrip("\ufffd")  # a character may be several tokens
+            yield whole[len(shown) :]
+            shown = whole
+        if answer != shown:
+            yield answer[len(shown) :]
 
 
 def refuse(message: str) -> None:
