@@ -96,7 +96,7 @@ def write_graphs(
     if has_tower and model.config.vision_config.model_type == NAFLEX:
         raise ValueError(
             f"vision_config.model_type {NAFLEX!r} (NaFlex) cannot be an ONNX graph: its tower resizes position "
-            "embeddings to the shape of each image. Serve it with vLLM, or use minimind-v export text."
+            "embeddings to the shape of each image. Use this package, or export the decoder: minimind-v export text."
         )
     has_tokenizer = Path(checkpoint, "tokenizer.json").exists()
     graphs = dict(build_graphs(model))
@@ -116,7 +116,7 @@ def write_graphs(
             write_processor(load_processor(checkpoint), model.config, folder)
         if has_tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-            for name in ("auto_map", "image_placeholder", "processor_class"):  # of this package's processor
+            for name in ("auto_map", "image_placeholder"):  # of this package's processor
                 tokenizer.init_kwargs.pop(name, None)
             tokenizer.save_pretrained(folder, save_jinja_files=False)  # transformers.js reads no others
         checked = "no, as asked for"
@@ -265,8 +265,9 @@ def quantize(proto: Any, path: Path, precision: str) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     if precision == "int8":
+        # Unsigned: where a CPU has no VNNI, products of unsigned activations and signed weights overflow 16 bits
         quantize_dynamic(
-            proto, path, op_types_to_quantize=["MatMul", "Gather"], per_channel=True, weight_type=QuantType.QInt8
+            proto, path, op_types_to_quantize=["MatMul", "Gather"], per_channel=True, weight_type=QuantType.QUInt8
         )
     else:
         if precision == "int4":
@@ -279,7 +280,8 @@ def quantize(proto: Any, path: Path, precision: str) -> None:
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
     """Without the warnings of exporter and quantizers, about their own old ways and what is absent but not needed."""
-    before = logging.root.manager.disable
+    root = logging.root
+    before, level, handlers = root.manager.disable, root.level, root.handlers[:]
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -287,6 +289,8 @@ def quiet_exporter() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+        root.setLevel(level)  # which importing the quantizers changes
+        root.handlers[:] = handlers
 
 
 # --- Files around them -----------------------------------------------------------------------------------------------

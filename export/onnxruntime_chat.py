@@ -42,7 +42,8 @@ class OnnxModel:
         self.decoder = sessions.get("decoder_model_merged") or sessions["model"]
         self.image_token_id = self.read_json("config.json").get("image_token_id")
         generation = self.read_json("generation_config.json")
-        self.eos_token_id, self.suppress_tokens = generation["eos_token_id"], generation.get("suppress_tokens") or []
+        self.eos_token_ids = np.atleast_1d(generation.get("eos_token_id", -1))
+        self.suppress_tokens = generation.get("suppress_tokens", [])
 
     def read_json(self, name: str) -> dict[str, Any]:
         return json.loads((self.folder / name).read_text(encoding="utf-8"))
@@ -78,7 +79,7 @@ class OnnxModel:
             logits, past = self.step(ids, past, features)
             logits[0, -1, self.suppress_tokens] = -np.inf
             token, features = int(logits[0, -1].argmax()), None
-            if token == self.eos_token_id:
+            if token in self.eos_token_ids:
                 return
             yield token
             ids = [token]

@@ -1,4 +1,4 @@
-"""ONNX Runtime with the program that every export brings along: ask_onnxruntime.py MODEL QUESTIONS.json ANSWERS.json"""
+"""ONNX Runtime, with the program that every export brings: ask_onnxruntime.py MODEL QUESTIONS.json ANSWERS.json"""
 
 import json
 import resource
@@ -32,7 +32,8 @@ for question in json.loads(Path(questions).read_text(encoding="utf-8")):
 report = {
     "runtime": f"onnxruntime {onnxruntime.__version__}",
     "load_seconds": load_seconds,
-    "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    * (1 if sys.platform == "darwin" else 1024),
     "answers": results,
 }
 Path(answers).write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
