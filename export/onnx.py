@@ -130,7 +130,10 @@ def write_graphs(
             shutil.copyfile(Path(__file__).with_name("onnxruntime_chat.py"), folder / "chat.py")
         if runtime == "transformers.js" and check and has_tokenizer:
             checked += "; transformers.js itself was not run"
-    return Summary(output, f"ONNX graphs for {runtime}, opset {OPSET}", precision, checked)
+    notes = []
+    if runtime == "transformers.js" and has_tower:
+        notes = ["its processor expands the first image token of a prompt only: expand them yourself for more images"]
+    return Summary(output, f"ONNX graphs for {runtime}, opset {OPSET}", precision, checked, notes)
 
 
 # --- Graphs ----------------------------------------------------------------------------------------------------------

@@ -42,7 +42,6 @@ for (const { id, text, images, max_new_tokens } of JSON.parse(readFileSync(quest
   }
   inputs = { ...inputs, ...tokenizer(prompt, { add_special_tokens: false }) };
   let first_token_seconds = null;
-  let steps = 0; // the first is the prompt
   const streamer = new TextStreamer(tokenizer, {
     callback_function: () => {},
     token_callback_function: () => (first_token_seconds ??= seconds()),
