@@ -474,6 +474,18 @@ FORMATS = {
         "  minimind-v export gguf my-model my-model-gguf --precision q8_0",
         precisions=("q8_0", "f16", "f32", "q4_0"),
     ),
+    "onnx": Format(
+        "export_onnx",
+        "Graphs for ONNX Runtime, and a program that asks them without torch and transformers.",
+        "  minimind-v export onnx my-model my-model-onnx --precision int8",
+        precisions=("float32", "int8", "int4"),
+    ),
+    "web": Format(
+        "export_web",
+        "Graphs for transformers.js, which runs them in a browser or in Node.",
+        "  minimind-v export web my-model my-model-web",
+        precisions=("int8", "int4", "float32"),
+    ),
     "text": Format(
         "export_text_backbone",
         "The decoder as a plain Qwen3, Qwen3-MoE or Llama model, for MLX and others that know those.",

@@ -1,7 +1,7 @@
 """What vLLM's Transformers modeling backend relies on, asserted without vLLM.
 
 Each test names the file of vLLM 0.32.0 that it was read in, below vllm/; `backend` is model_executor/models/
-transformers. `tests/engines/ask_vllm.py` asks the real one.
+transformers. `benchmarks/engines/ask_vllm.py` asks the real one.
 """
 
 import ast

@@ -1,0 +1,39 @@
+"""ONNX Runtime, with the program that every export brings: ask_onnxruntime.py MODEL QUESTIONS.json ANSWERS.json"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import onnxruntime
+
+model, questions, answers = sys.argv[1:]
+sys.path.insert(0, model)
+from chat import Chat  # noqa: E402 - it is in the folder
+
+started = time.perf_counter()
+chat = Chat(model)
+load_seconds, results = time.perf_counter() - started, []
+for question in json.loads(Path(questions).read_text(encoding="utf-8")):
+    started, pieces, times = time.perf_counter(), [], []
+    for piece in chat.ask(question["text"], question["images"], question["max_new_tokens"]):
+        pieces.append(piece)
+        times.append(time.perf_counter() - started)
+    results.append(
+        {
+            "id": question["id"],
+            "text": "".join(pieces).strip(),
+            "tokens": len(pieces),
+            "first_token_seconds": times[0] if times else None,
+            "seconds": time.perf_counter() - started,
+        }
+    )
+report = {
+    "runtime": f"onnxruntime {onnxruntime.__version__}",
+    "load_seconds": load_seconds,
+    "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    * (1 if sys.platform == "darwin" else 1024),
+    "answers": results,
+}
+Path(answers).write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
