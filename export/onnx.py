@@ -99,15 +99,13 @@ def write_graphs(
             "embeddings to the shape of each image. Use this package, or export the decoder: minimind-v export text."
         )
     has_tokenizer = Path(checkpoint, "tokenizer.json").exists()
-    graphs = dict(build_graphs(model))
     suffix, dtype = PRECISIONS[precision]
     with (
         atomic_output(output, overwrite) as folder,
-        tqdm(total=len(graphs) + (check and has_tokenizer), unit="step", disable=None, leave=False) as bar,
+        tqdm(desc="tracing", unit="graph", disable=None, leave=False) as bar,
     ):
         (folder / "onnx").mkdir(parents=True)
-        for name, graph in graphs.items():
-            bar.set_description(name)
+        for name, graph in build_graphs(model):
             write_graph(graph, folder / "onnx" / f"{name}{suffix}.onnx", precision)
             bar.update()
         write_json(folder / "config.json", runtime_config(model, dtype))
@@ -123,9 +121,8 @@ def write_graphs(
         if not has_tokenizer:
             checked = "no: the checkpoint has no tokenizer to ask with"
         elif check:
-            bar.set_description("check")
+            bar.set_description("checking")
             checked = f"{check_graphs(checkpoint, folder, precision)} (ONNX Runtime {onnxruntime.__version__})"
-            bar.update()
         if runtime == "ONNX Runtime" and has_tokenizer:
             shutil.copyfile(Path(__file__).with_name("onnxruntime_chat.py"), folder / "chat.py")
         if runtime == "transformers.js" and check and has_tokenizer:

@@ -8,12 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import CHECKPOINT, REPOSITORY
-from engines.ask_serve import parts, request, serve, stream
 from original import GOLDEN, TOKENIZERS, convert_case, read_json, recorded, release_of
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from minimind_v import MiniMindForCausalLM
 from minimind_v.conversion import convert_checkpoint
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks" / "engines"))
+from ask_serve import parts, request, serve, stream
 
 for module in ("fastapi", "openai", "uvicorn"):
     pytest.importorskip(module, reason="pip install 'minimind-v[serve]'")
