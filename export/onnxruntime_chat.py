@@ -40,6 +40,8 @@ class OnnxModel:
         }
         self.embed_tokens, self.vision_encoder = sessions.get("embed_tokens"), sessions.get("vision_encoder")
         self.decoder = sessions.get("decoder_model_merged") or sessions["model"]
+        inputs = self.decoder.get_inputs()
+        self.cache = {i.name: i.shape for i in inputs if i.name.startswith("past_key_values")}
         self.image_token_id = self.read_json("config.json").get("image_token_id")
         generation = self.read_json("generation_config.json")
         self.eos_token_ids = np.atleast_1d(generation.get("eos_token_id", -1))
@@ -52,17 +54,17 @@ class OnnxModel:
         """Embeddings `[N, S, H]` of images `[N, 3, height, width]`, float32: S tokens each."""
         return self.vision_encoder.run(None, {"pixel_values": pixel_values})[0]
 
-    def step(self, ids: list[int], past: Mapping[str, np.ndarray], features: np.ndarray | None = None) -> tuple:
-        """Logits `[1, T, vocabulary]` of new tokens, and the cache that contains them too."""
-        inputs = np.array([ids])
+    def step(self, ids: np.ndarray, past: Mapping[str, np.ndarray], features: np.ndarray | None = None) -> tuple:
+        """Logits `[B, T, vocabulary]` of new tokens `[B, T]`, and the cache that contains them too."""
+        inputs = ids
         if self.embed_tokens is not None:
-            embeds = self.embed_tokens.run(None, {"input_ids": inputs})[0]
+            embeds = self.embed_tokens.run(None, {"input_ids": ids})[0]
             if features is not None:
-                embeds[inputs == self.image_token_id] = features.reshape(-1, embeds.shape[-1])
+                embeds[ids == self.image_token_id] = features.reshape(-1, embeds.shape[-1])
             inputs = embeds
-        length = len(ids) + next(iter(past.values())).shape[2]
+        rows, length = len(ids), ids.shape[1] + next(iter(past.values())).shape[2]
         name = self.decoder.get_inputs()[0].name
-        logits, *cache = self.decoder.run(None, {name: inputs, "attention_mask": np.ones((1, length), int), **past})
+        logits, *cache = self.decoder.run(None, {name: inputs, "attention_mask": np.ones((rows, length), int), **past})
         return logits, dict(zip(past, cache, strict=True))
 
     def generate(self, ids: list[int], features: np.ndarray | None = None, max_new_tokens: int = 256) -> Iterator[int]:
@@ -73,10 +75,9 @@ class OnnxModel:
             features: What `encode_images` made of its images.
             max_new_tokens: The longest answer.
         """
-        shapes = {i.name: i.shape for i in self.decoder.get_inputs() if i.name.startswith("past_key_values")}
-        past = {name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in shapes.items()}
+        past = {name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in self.cache.items()}
         for _ in range(max_new_tokens):
-            logits, past = self.step(ids, past, features)
+            logits, past = self.step(np.array([ids]), past, features)
             logits[0, -1, self.suppress_tokens] = -np.inf
             token, features = int(logits[0, -1].argmax()), None
             if token in self.eos_token_ids:

@@ -135,8 +135,8 @@ def test_text_only_is_one_graph(make_processor, tmp_path, capsys):
     config = json.loads((tmp_path / "web" / "config.json").read_text())
     assert (config["model_type"], config["transformers.js_config"]) == ("qwen3", {"dtype": "fp32"})
     graphs, ids = OnnxModel(tmp_path / "web"), list(range(40, 60))
-    shapes = {i.name: i.shape for i in graphs.decoder.get_inputs() if i.name.startswith("past")}
-    logits, _ = graphs.step(ids, {name: np.zeros((1, s[1], 0, s[3]), np.float32) for name, s in shapes.items()})
+    past = {name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in graphs.cache.items()}
+    logits, _ = graphs.step(np.array([ids]), past)
     assert np.abs(logits - model(torch.tensor([ids])).logits.detach().numpy()).max() < 1e-4
 
 

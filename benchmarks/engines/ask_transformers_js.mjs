@@ -17,7 +17,8 @@ const name = basename(path);
 
 let started = performance.now();
 const seconds = () => (performance.now() - started) / 1000;
-const options = dtype ? { dtype } : {}; // left out, what config.json says
+const threads = Number(process.env.OMP_NUM_THREADS ?? 0);
+const options = { session_options: { intraOpNumThreads: threads }, ...(dtype && { dtype }) }; // else what config.json says
 const sees = JSON.parse(readFileSync(path + "/config.json")).model_type === "llava";
 const model = await (sees ? AutoModelForImageTextToText : AutoModelForCausalLM).from_pretrained(name, options);
 const processor = sees ? await AutoProcessor.from_pretrained(name) : null;

@@ -41,11 +41,12 @@ def main(checkpoint: str, questions_file: str, answers_file: str) -> None:
         content.append({"type": "text", "text": question["text"]})
         sampling = vllm.SamplingParams(temperature=0, max_tokens=question["max_new_tokens"])
         began = time.perf_counter()
-        output = model.chat([{"role": "user", "content": content}], sampling, use_tqdm=False)[0]
+        rows = question.get("rows", 1)
+        output = model.chat([[{"role": "user", "content": content}]] * rows, sampling, use_tqdm=False)[0]
         seconds, ids = time.perf_counter() - began, list(output.outputs[0].token_ids)
         # Not its own text, which lacks what comes after bytes that are no whole character: of random weights, most.
         text = model.get_tokenizer().decode(ids, skip_special_tokens=True).strip()
-        answer = {"id": question["id"], "text": text, "ids": ids, "tokens": len(ids), "seconds": seconds}
+        answer = {"id": question["id"], "text": text, "ids": ids, "tokens": rows * len(ids), "seconds": seconds}
         answers.append(answer | {"first_token_seconds": output.metrics.first_token_latency})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     result = {"runtime": f"vLLM {vllm.__version__}", "load_seconds": loaded - start, "peak_memory_bytes": peak}
