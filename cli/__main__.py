@@ -516,7 +516,10 @@ minimind-v export FORMAT --help says more of each.""",
         run = functools.partial(export, form.function)
         parser = add_command(formats, run, "CHECKPOINT OUTPUT [options]", form.description, form.examples, name=name)
         parser.add_argument(
-            "checkpoint", metavar="CHECKPOINT", help="folder or Hub repository, also one of the original"
+            "checkpoint",
+            type=answering_model,
+            metavar="CHECKPOINT",
+            help="folder or Hub repository, also one of the original",
         )
         parser.add_argument("output", metavar="OUTPUT", help="what to write")
         if form.precisions:

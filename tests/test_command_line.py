@@ -431,6 +431,7 @@ def test_comparing_two_images(capsys):
         ("train --help-all", "--lora_rank", "0"),
         ("convert missing.pth out --dtype float32", "", "error: missing.pth"),
         ("upload missing user/repo --dry-run", "", "error: missing is no folder."),
+        ("export text user/missing out", "", "error: user/missing"),
     ],
 )
 def test_other_commands_run_their_tools(arguments, printed, status, tmp_path, monkeypatch, capsys):
