@@ -1,0 +1,1 @@
+"""A page to try models with one's own pictures: chat, compare, and see where the model looks."""
