@@ -1,4 +1,4 @@
-"""Command line: minimind-v {caption,chat,compare,check,train,convert,export,upload} ...
+"""Command line: minimind-v {caption,chat,compare,demo,check,train,convert,export,upload} ...
 
 Only the reading of the command line is here, without torch and transformers, so that `--help` and mistakes are
 answered at once; each command imports what it runs. For the same reason this folder is a package of its own,
@@ -305,6 +305,46 @@ def compare(images: list[str], prompt: str, **options: Any) -> None:
     ask_once(images, prompt, options)
 
 
+def add_demo(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        demo,
+        usage="[MODEL ...] [options]",
+        description="""\
+Try models on a web page. Chat with pictures, compare two, see where the model looks.
+
+The page has a list of the models given, or else of those in and below the
+current folder, and the embedded one. Only this machine can reach it.""",
+        examples="""\
+  minimind-v demo
+  minimind-v demo my-model jingyaogong/minimind-3v --port 8000""",
+    )
+    parser.add_argument(
+        "models",
+        nargs="*",
+        type=answering_model,
+        metavar="MODEL",
+        help="folder or Hub repository, also of the original",
+    )
+    parser.add_argument(
+        "--port",
+        type=number(int, 1, 65535),
+        metavar="N",
+        help="where to listen (default: first free from 7860)",
+    )
+    parser.add_argument("--share", action="store_true", help="let everybody reach it, through gradio's servers")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute (default: auto)"
+    )
+    parser.add_argument("--allow-urls", action="store_true", help="fetch pictures from the addresses in questions")
+
+
+def demo(**options: Any) -> None:
+    from minimind_v.demo import serve
+
+    serve(**options)
+
+
 # --- check, train ----------------------------------------------------------------------------------------------------
 
 
@@ -583,7 +623,7 @@ def build_parser() -> Parser:
     answers = answer_options()
     for add in (add_caption, add_chat, add_compare):
         add(commands, answers)
-    for add in (add_check, add_train, add_convert, add_export, add_upload):
+    for add in (add_demo, add_check, add_train, add_convert, add_export, add_upload):
         add(commands)
     return parser
 

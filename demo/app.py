@@ -27,13 +27,18 @@ from PIL import Image
 from .. import EMBEDDED_MODEL
 from ..common import WeightsError, read_json
 from ..image_loading_minimind_v import load_image
-from ..inference.engine import DEFAULT_MAX_NEW_TOKENS, Engine, describe, encode, question
+from ..inference.engine import DEFAULT_MAX_NEW_TOKENS, Engine, encode, question
 from ..pipeline_minimind_v import DEFAULT_PROMPT
 from .attention import Look, draw, look
 from .texts import translate
 
 IMAGES = Path(__file__).resolve().parents[1] / "examples" / "images"
-EXAMPLES = {"apple": "What is this?", "dog": "这是什么？", "pizza": "Describe this image."}
+EXAMPLES = {
+    "apple": "What is this?",
+    "dog": "这是什么？",
+    "pizza": "Describe this image.",
+    "sunflower": "描述这张图片。",
+}
 REFRESH_SECONDS = 0.05  # Pages show no more in between
 SLIDERS = (  # name, least, most, default, step
     ("temperature", 0.05, 2, 0.65, 0.05),
@@ -43,10 +48,10 @@ SLIDERS = (  # name, least, most, default, step
     ("max_new_tokens", 1, 2048, DEFAULT_MAX_NEW_TOKENS, 1),
 )
 CSS = """
-.gradio-container { max-width: 1080px !important; margin: auto !important; }
-#header { text-align: center; }
-.message img { max-height: 45vh !important; width: auto !important; border-radius: 12px; }
-footer { display: none !important; }
+.gradio-container .main.fillable { max-width: 960px !important; }
+.message img { width: min(300px, 55vw) !important; max-height: 36vh; object-fit: contain; border-radius: 8px; }
+.image-frame img { width: 100%; height: 100%; object-fit: contain; }
+.icon-button-wrapper:has(> [title="Share"]) { display: none !important; }
 """
 # How the page is launched, wherever
 LAUNCH: dict[str, Any] = {
@@ -218,7 +223,7 @@ class Demo:
         with self.use(name) as engine:
             config = engine.model.generation_config
             return [
-                describe(engine.model),
+                gr.Dropdown(info=engine.description),
                 gr.Checkbox(visible=bool(engine.thinking_switches)),
                 config.repetition_penalty or 1.0,
             ]
@@ -256,29 +261,26 @@ def show_word(found: Look, place: int) -> tuple[Image.Image, str]:
 
 def speed(engine: Engine) -> str:
     """Of the last answer."""
-    rate = f"{engine.tokens / engine.seconds:.1f}"
-    return f"{engine.tokens} {translate('tokens')} · {rate} {translate('tokens_per_second')}"
+    return f"{translate('speed')} {engine.tokens / engine.seconds:.1f}"
 
 
 # --- The page --------------------------------------------------------------------------------------------------------
 
 
-class Picture(gr.Image):
-    """Hands over the file as it was uploaded: this package opens it, and says what is wrong with it."""
-
-    def preprocess(self, payload: Any) -> str | None:
-        return payload and payload.path
+def picture(*value: str, **options: Any) -> gr.Image:
+    """A picture to add, which comes as it was uploaded: this package opens it, and says what is wrong with it."""
+    component = gr.Image(*value, type="filepath", **options)
+    component.preprocess = lambda payload: payload and payload.path
+    return component
 
 
 def build(demo: Demo) -> gr.Blocks:
     """The page, to be launched with [`LAUNCH`]."""
     names = list(demo.sources)
     with gr.Blocks(title="MiniMind-V", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.Markdown("# MiniMind-V")
-        gr.Markdown(translate("about"))
-        with gr.Row(equal_height=True):
-            model = gr.Dropdown(names, value=names[0], label=translate("model"), filterable=False)
-            description = gr.Markdown(elem_id="description")
+        with gr.Row():
+            gr.Markdown(f"# MiniMind-V\n{translate('about')}")
+            model = gr.Dropdown(names, value=names[0], label=translate("model"), info=" ", filterable=False)
         with gr.Accordion(translate("options"), open=False):
             greedy = gr.Checkbox(True, label=translate("greedy"), info=translate("greedy_info"))
             thinking = gr.Checkbox(False, label=translate("thinking"), visible=False)
@@ -302,11 +304,11 @@ def build(demo: Demo) -> gr.Blocks:
                 multimodal=True,
                 chatbot=gr.Chatbot(
                     label=translate("conversation"),
-                    height="55vh",
+                    height="54vh",
                     buttons=["copy"],
                     latex_delimiters=[],
                     reasoning_tags=[("<think>", "</think>")],
-                    layout="bubble",
+                    allow_file_downloads=False,
                 ),
                 textbox=ask,
                 additional_inputs=[model, *decoding],
@@ -318,12 +320,12 @@ def build(demo: Demo) -> gr.Blocks:
             )
             rate.render()
             with gr.Accordion(translate("camera"), open=False):
-                camera = Picture(sources=["webcam"], type="filepath", show_label=False, height=320)
+                camera = picture(sources=["webcam"], show_label=False, height=320)
             camera.input(add_picture, [camera, ask], [camera, ask], show_progress="hidden", api_visibility="private")
         with gr.Tab(translate("compare")):
             with gr.Row():
                 pair = [
-                    Picture(str(IMAGES / f"{file}.png"), type="filepath", label=translate(name), height=320)
+                    picture(str(IMAGES / f"{file}.png"), label=translate(name), height=320)
                     for name, file in (("first", "apple"), ("second", "pizza"))
                 ]
             compare_question = gr.Textbox(translate("compare_question"), label=translate("question"))
@@ -341,9 +343,7 @@ def build(demo: Demo) -> gr.Blocks:
             found = gr.State()
             with gr.Row():
                 with gr.Column():
-                    looked_at = Picture(
-                        str(IMAGES / "dog.png"), type="filepath", label=translate("picture"), height=360
-                    )
+                    looked_at = picture(str(IMAGES / "dog.png"), label=translate("picture"), height=360)
                     look_question = gr.Textbox(translate("compare_question"), label=translate("question"))
                     look_button = gr.Button(translate("look_button"), variant="primary")
                 with gr.Column():
@@ -353,7 +353,7 @@ def build(demo: Demo) -> gr.Blocks:
             seen = gr.HighlightedText(
                 label=translate("seen"),
                 color_map={"image": "orange", "control": "gray", "text": "blue"},
-                show_legend=False,
+                show_inline_category=False,
             )
             gr.on(
                 [look_button.click, look_question.submit],
@@ -365,7 +365,7 @@ def build(demo: Demo) -> gr.Blocks:
             words.input(
                 show_word, [found, words], [spotlight, share], show_progress="hidden", api_visibility="private"
             )
-        settings = [description, thinking, sliders[3]]
+        settings = [model, thinking, sliders[3]]
         gr.on([page.load, model.input], demo.describe, model, settings, api_name="describe")
     if not demo.allow_urls:
         for component in page.blocks.values():
@@ -406,4 +406,11 @@ def serve(
         allow_urls: Fetch pictures from the addresses in questions.
     """
     demo = Demo(find_models(models), allow_urls, device=device)
-    build(demo).launch(server_name="127.0.0.1", server_port=port, share=share, **LAUNCH)
+    page = build(demo)
+    _, url, public_url = page.launch(
+        server_name="127.0.0.1", server_port=port, share=share, quiet=True, prevent_thread_lock=True, **LAUNCH
+    )
+    print(
+        f"The demo is on {url}{f' and, for everybody, on {public_url}' if share else ''} (Ctrl-C ends it)", flush=True
+    )
+    page.block_thread()

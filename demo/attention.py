@@ -9,6 +9,8 @@ from PIL import Image, ImageOps
 from ..configuration_minimind_v import MiniMindVConfig
 from ..inference.engine import Engine, encode, question
 
+SIDE = 640  # of what is drawn, in pixels
+
 
 class Look(NamedTuple):
     """What [`look`] found, of an answer of W words to a prompt of T tokens.
@@ -92,7 +94,7 @@ def patch_map(values: torch.Tensor, config: MiniMindVConfig, shape: list[int] | 
 
 
 def split_words(tokenizer: Any, ids: list[int]) -> list[tuple[str, list[int]]]:
-    """Words of a text, each with the places of its tokens. Of Chinese, each token, or several that make a character."""
+    """Words of a text with the places of their tokens. Of Chinese, each token, or several that make a character."""
     words: list[tuple[str, list[int]]] = []
     start = 0
     for end in range(1, len(ids) + 1):
@@ -125,9 +127,11 @@ def draw(image: Image.Image, values: torch.Tensor) -> Image.Image:
 
     Args:
         image: RGB.
-        values: `[rows, columns]`, from 0 on.
+        values: `[rows, columns]`; the least is dark, the greatest bright.
     """
-    heat = (values / values.max().clamp_min(1e-9)).clamp(0, 1).mul(255).byte().numpy()
+    image = ImageOps.contain(image, (SIDE, SIDE))
+    low, high = values.aminmax()
+    heat = ((values - low) / (high - low).clamp_min(1e-9)).mul(255).byte().numpy()
     mask = Image.fromarray(heat).resize(image.size, Image.Resampling.BICUBIC)
-    dark = Image.blend(ImageOps.grayscale(image).convert("RGB"), Image.new("RGB", image.size, "#182030"), 0.75)
+    dark = Image.blend(ImageOps.grayscale(image).convert("RGB"), Image.new("RGB", image.size, "#182030"), 0.8)
     return Image.composite(image, dark, mask)

@@ -40,8 +40,7 @@ ENGLISH = {
     "attention": "Bright: where it looked",
     "look_info": "How much of its attention is on the picture, averaged over layers and heads:",
     "seen": "The tokens that it sees",
-    "tokens": "tokens",
-    "tokens_per_second": "tokens/s",
+    "speed": "Tokens per second:",
 }
 CHINESE = {
     "about": "一个能看图回答的小模型。它可能答错，却说得很肯定。",
@@ -81,7 +80,6 @@ CHINESE = {
     "attention": "亮处：它所看的地方",
     "look_info": "它的注意力有多少在图片上（各层各头平均）：",
     "seen": "它看到的词元",
-    "tokens": "个词元",
-    "tokens_per_second": "词元/秒",
+    "speed": "每秒词元数：",
 }
 translate = gr.I18n(en=ENGLISH, **dict.fromkeys(("zh", "zh-CN", "zh-TW"), CHINESE))

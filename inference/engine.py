@@ -141,6 +141,7 @@ class Engine:
 
     Attributes:
         model, processor, device: What answers.
+        description: Its parameters, device and dtype, in a line.
         thinking_switches: Names that the chat template has for thinking; empty: it has none.
         template_options: What the chat template is told besides the chat.
         tokens, seconds: Of all answers so far.
@@ -177,7 +178,7 @@ class Engine:
         if is_int8 and not on_cpu:
             raise ValueError("int8 is for a CPU. Choose another --dtype, or --device cpu.")
         self.model = load_answering_model(source, self.device, "float32" if is_int8 else dtype)
-        description = describe(self.model) + (", decoder int8" if is_int8 else "")
+        self.description = describe(self.model) + (", decoder int8" if is_int8 else "")
         if is_int8:
             quantize_decoder(self.model)
         elif on_cpu and self.model.dtype == torch.float32:
@@ -202,7 +203,7 @@ class Engine:
             raise ValueError(f"{source} has no switch for thinking in its chat template. Leave out --(no-)thinking.")
         self.template_options = {} if thinking is None else dict.fromkeys(self.thinking_switches, thinking)
         if state.is_main_process:
-            note(f"{Path(given).resolve().name}: {description}")
+            note(f"{Path(given).resolve().name}: {self.description}")
 
     def set_decoding(
         self,
