@@ -40,6 +40,7 @@ EXAMPLES = {
     "sunflower": "描述这张图片。",
 }
 REFRESH_SECONDS = 0.05  # Pages show no more in between
+WIDTH = 320  # of a column at least, in pixels: on a phone, they stand below each other
 SLIDERS = (  # name, least, most, default, step
     ("temperature", 0.05, 2, 0.65, 0.05),
     ("top_p", 0.05, 1, 0.85, 0.05),
@@ -51,7 +52,7 @@ CSS = """
 .gradio-container .main.fillable { max-width: 960px !important; }
 .message img { width: min(300px, 55vw) !important; max-height: 36vh; object-fit: contain; border-radius: 8px; }
 .image-frame img { width: 100%; height: 100%; object-fit: contain; }
-.icon-button-wrapper:has(> [title="Share"]) { display: none !important; }
+.message-buttons-right { display: none !important; }  /* it shares with strangers */
 """
 # How the page is launched, wherever
 LAUNCH: dict[str, Any] = {
@@ -279,8 +280,10 @@ def build(demo: Demo) -> gr.Blocks:
     names = list(demo.sources)
     with gr.Blocks(title="MiniMind-V", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         with gr.Row():
-            gr.Markdown(f"# MiniMind-V\n{translate('about')}")
-            model = gr.Dropdown(names, value=names[0], label=translate("model"), info=" ", filterable=False)
+            with gr.Column(min_width=WIDTH):
+                gr.Markdown(f"# MiniMind-V\n{translate('about')}")
+            with gr.Column(min_width=WIDTH):
+                model = gr.Dropdown(names, value=names[0], label=translate("model"), info=" ", filterable=False)
         with gr.Accordion(translate("options"), open=False):
             greedy = gr.Checkbox(True, label=translate("greedy"), info=translate("greedy_info"))
             thinking = gr.Checkbox(False, label=translate("thinking"), visible=False)
@@ -342,11 +345,11 @@ def build(demo: Demo) -> gr.Blocks:
         with gr.Tab(translate("look")):
             found = gr.State()
             with gr.Row():
-                with gr.Column():
+                with gr.Column(min_width=WIDTH):
                     looked_at = picture(str(IMAGES / "dog.png"), label=translate("picture"), height=360)
                     look_question = gr.Textbox(translate("compare_question"), label=translate("question"))
                     look_button = gr.Button(translate("look_button"), variant="primary")
-                with gr.Column():
+                with gr.Column(min_width=WIDTH):
                     spotlight = gr.Image(label=translate("attention"), interactive=False, height=360, buttons=[])
                     share = gr.Markdown()
                     words = gr.Radio([], label=translate("words"))
