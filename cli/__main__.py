@@ -581,9 +581,13 @@ process, and uploads it if it passes.
 The token is the one of `hf auth login`, or HF_TOKEN.""",
         examples="""\
   minimind-v upload my-model USER/REPO --dry-run
-  minimind-v upload my-model USER/REPO""",
+  minimind-v upload my-model USER/REPO
+  minimind-v upload my-model USER/SPACE --space""",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint")
+    parser.add_argument(
+        "--space", action="store_true", help="publish the web demo of it as a Space (CHECKPOINT may be on the Hub)"
+    )
     parser.add_argument("repo_id", metavar="USER/REPO", help="repository on the Hub, made where there is none")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to write to, made where there is none")
@@ -595,11 +599,15 @@ The token is the one of `hf auth login`, or HF_TOKEN.""",
     parser.add_argument("--output", metavar="DIR", help="folder to assemble (default: CHECKPOINT-hub)")
 
 
-def upload(checkpoint: str, repo_id: str, **options: Any) -> int:
-    from minimind_v.publishing import publish
+def upload(checkpoint: str, repo_id: str, space: bool, **options: Any) -> int:
+    if space:
+        for name in ("revision", "create_pr", "tag"):
+            if options.pop(name):
+                raise argparse.ArgumentError(None, f"a Space has one version: leave out --{name.replace('_', '-')}")
+    from minimind_v.publishing import publish, publish_space
 
     try:
-        return 0 if publish(checkpoint, repo_id, **options) else 1
+        return 0 if (publish_space if space else publish)(checkpoint, repo_id, **options) else 1
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on: what has arrived is not sent again.", file=sys.stderr)
         return 1
