@@ -129,10 +129,11 @@ class Demo:
 
     # --- Questions
 
-    def read(self, text: str, files: Sequence[str], engine: Engine) -> dict[str, Any]:
-        """A user's message: its text, and the files and addresses of pictures."""
+    def read(self, text: str, files: Sequence[str | dict[str, Any]], engine: Engine) -> dict[str, Any]:
+        """A user's message: its text, and the files (gradio hands over a retried one as a dict) and addresses in it."""
         limits: dict[str, Any] = {"max_pixels": engine.processor.max_image_pixels}
-        images = [open_image(file, **limits) for file in files]
+        paths = [file["path"] if isinstance(file, dict) else file for file in files]
+        images = [open_image(path, **limits) for path in paths]
         for url in re.findall(r"https?://\S+", text):
             if not self.allow_urls:
                 raise ValueError(

@@ -173,7 +173,7 @@ def upload_space(
         The address of the commit.
 
     Raises:
-        ValueError: The report has a failure.
+        ValueError: The report has a failure, or the Space is public and shall be private.
         PermissionError, ConnectionError, OSError: As [`upload`].
     """
     if not report.ok:
@@ -182,6 +182,10 @@ def upload_space(
     with clear_hub_errors(repo_id):
         api = HfApi(library_name="minimind-v")
         api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
+        if private and not api.space_info(repo_id).private:
+            raise ValueError(
+                f"The Space {repo_id} is public already. Make it private there first, or leave out --private."
+            )
         commit = api.upload_folder(
             repo_id=repo_id,
             repo_type="space",

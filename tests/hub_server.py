@@ -175,14 +175,15 @@ class Handler(BaseHTTPRequestHandler):
         if owner != self.user:
             raise Refused(403, "", f"You don't have the rights to create a model under the namespace {owner!r}")
         repo_id = f"{owner}/{name}"
-        if repo_id in self.server.repositories:
-            raise Refused(409, "", "You already created this model repo")
-        private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
         kind = wanted.get("type") or "model"
+        url = f"{self.server.url}/{'spaces/' if kind == 'space' else ''}{repo_id}"
+        if repo_id in self.server.repositories:
+            return self.answer({"error": "You already created this repo", "url": url}, 409)
+        private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
         if kind == "space" and wanted.get("sdk") != "gradio":
             raise Refused(400, "", "A Space needs an sdk")
         self.server.add(repo_id, private=private, kind=kind)
-        self.answer({"url": f"{self.server.url}/{'spaces/' if kind == 'space' else ''}{repo_id}"})
+        self.answer({"url": url})
 
     def validate(self) -> None:
         content = self.json()["content"]

@@ -30,6 +30,7 @@ from minimind_v import (
 )
 from minimind_v.conversion import convert_checkpoint
 from minimind_v.publishing import checks
+from minimind_v.publishing.space import upload_space
 from minimind_v.publishing.verify import list_files
 
 REPO = "alice/emoji"
@@ -648,6 +649,9 @@ def test_space_of_a_folder_then_of_a_repository(hub, published, tmp_path, monkey
     files = held(hub, "alice/show")
     assert ModelCard(files["README.md"].decode()).data.to_dict()["models"] == [REPO]
     assert not [name for name in files if name.startswith("model/")] and repr(REPO) in files["app.py"].decode()
+    report = publishing.Report("", {}, [checks.Check("app", True, "as verified before")])
+    with online(hub.url), pytest.raises(ValueError, match="The Space alice/show is public already"):
+        upload_space(tmp_path / "space", "alice/show", report=report, private=True)
 
 
 def test_space_that_does_not_answer_is_not_uploaded(hub, tmp_path, capsys):
