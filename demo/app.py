@@ -130,7 +130,7 @@ class Demo:
     # --- Questions
 
     def read(self, text: str, files: Sequence[str | dict[str, Any]], engine: Engine) -> dict[str, Any]:
-        """A user's message: its text, and the files (gradio hands over a retried one as a dict) and addresses in it."""
+        """A user's message: text, and pictures from files (of a retried one, dicts) and addresses in the text."""
         limits: dict[str, Any] = {"max_pixels": engine.processor.max_image_pixels}
         paths = [file["path"] if isinstance(file, dict) else file for file in files]
         images = [open_image(path, **limits) for path in paths]

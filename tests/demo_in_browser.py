@@ -105,6 +105,14 @@ def expect_answer(page: Page, text: str) -> None:
     expect(page.locator(".submit-button")).to_be_visible(timeout=20_000)
 
 
+def clear(page: Page) -> None:
+    """Clears the conversation, and waits until the server has heard of it."""
+    page.wait_for_timeout(1000)
+    page.locator(".icon-button-wrapper button").first.click()
+    expect(page.get_by_test_id("bot")).to_have_count(0)
+    page.wait_for_timeout(1000)
+
+
 def visit(page: Page, words: dict[str, str], prefix: str) -> None:
     """A chat about a picture, two pictures in a question, the other two tabs."""
     expect(page.get_by_text("4.00M parameters")).to_be_visible(timeout=30_000)
@@ -117,8 +125,7 @@ def visit(page: Page, words: dict[str, str], prefix: str) -> None:
     page.screenshot(path=f"{prefix}-chat.png")
     page.get_by_role("button", name="Retry" if words is ENGLISH else "重试").click()
     expect_answer(page, answer([ROCKET], text))
-    page.locator(".icon-button-wrapper button").first.click()  # clears the conversation
-    expect(page.get_by_test_id("bot")).to_have_count(0)
+    clear(page)
     ask(page, text, CROWN, ROCKET)
     expect_answer(page, answer([CROWN, ROCKET], text))
 
@@ -166,8 +173,7 @@ def misuse(page: Page, words: dict[str, str], folder: Path, prefix: str) -> None
 
     page.get_by_label(words["model"]).click()
     page.get_by_role("option", name=EMBEDDED_MODEL.name).click()
-    page.locator(".icon-button-wrapper button").first.click()
-    expect(page.get_by_test_id("bot")).to_have_count(0)
+    clear(page)
     ask(page, "What is this?", APPLE)
     expect_answer(page, answer([APPLE], "What is this?"))
 
