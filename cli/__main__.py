@@ -1,4 +1,4 @@
-"""Command line: minimind-v {caption,chat,compare,check,train,convert,export,upload} ...
+"""Command line: minimind-v {caption,chat,compare,demo,check,train,convert,export,upload} ...
 
 Only the reading of the command line is here, without torch and transformers, so that `--help` and mistakes are
 answered at once; each command imports what it runs. For the same reason this folder is a package of its own,
@@ -305,6 +305,46 @@ def compare(images: list[str], prompt: str, **options: Any) -> None:
     ask_once(images, prompt, options)
 
 
+def add_demo(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        demo,
+        usage="[MODEL ...] [options]",
+        description="""\
+Try models on a web page. Chat with pictures, compare two, see where the model looks.
+
+The page has a list of the models given, or else of those in and below the
+current folder, and the embedded one. Only this machine can reach it.""",
+        examples="""\
+  minimind-v demo
+  minimind-v demo my-model jingyaogong/minimind-3v --port 8000""",
+    )
+    parser.add_argument(
+        "models",
+        nargs="*",
+        type=answering_model,
+        metavar="MODEL",
+        help="folder or Hub repository, also of the original",
+    )
+    parser.add_argument(
+        "--port",
+        type=number(int, 1, 65535),
+        metavar="N",
+        help="where to listen (default: first free from 7860)",
+    )
+    parser.add_argument("--share", action="store_true", help="let everybody reach it, through gradio's servers")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute (default: auto)"
+    )
+    parser.add_argument("--allow-urls", action="store_true", help="fetch pictures from the addresses in questions")
+
+
+def demo(**options: Any) -> None:
+    from minimind_v.demo import serve
+
+    serve(**options)
+
+
 # --- check, train ----------------------------------------------------------------------------------------------------
 
 
@@ -556,9 +596,13 @@ process, and uploads it if it passes.
 The token is the one of `hf auth login`, or HF_TOKEN.""",
         examples="""\
   minimind-v upload my-model USER/REPO --dry-run
-  minimind-v upload my-model USER/REPO""",
+  minimind-v upload my-model USER/REPO
+  minimind-v upload my-model USER/SPACE --space""",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint")
+    parser.add_argument(
+        "--space", action="store_true", help="publish the web demo of it as a Space (CHECKPOINT may be on the Hub)"
+    )
     parser.add_argument("repo_id", metavar="USER/REPO", help="repository on the Hub, made where there is none")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to write to, made where there is none")
@@ -570,11 +614,15 @@ The token is the one of `hf auth login`, or HF_TOKEN.""",
     parser.add_argument("--output", metavar="DIR", help="folder to assemble (default: CHECKPOINT-hub)")
 
 
-def upload(checkpoint: str, repo_id: str, **options: Any) -> int:
-    from minimind_v.publishing import publish
+def upload(checkpoint: str, repo_id: str, space: bool, **options: Any) -> int:
+    if space:
+        for name in ("revision", "create_pr", "tag"):
+            if options.pop(name):
+                raise argparse.ArgumentError(None, f"a Space has one version: leave out --{name.replace('_', '-')}")
+    from minimind_v.publishing import publish, publish_space
 
     try:
-        return 0 if publish(checkpoint, repo_id, **options) else 1
+        return 0 if (publish_space if space else publish)(checkpoint, repo_id, **options) else 1
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on: what has arrived is not sent again.", file=sys.stderr)
         return 1
@@ -598,7 +646,7 @@ def build_parser() -> Parser:
     answers = answer_options()
     for add in (add_caption, add_chat, add_compare):
         add(commands, answers)
-    for add in (add_check, add_train, add_convert, add_export, add_upload):
+    for add in (add_demo, add_check, add_train, add_convert, add_export, add_upload):
         add(commands)
     return parser
 

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from PIL import Image
+from transformers import BatchFeature
 
 from ..image_loading_minimind_v import load_image
 from .engine import Engine, encode, note, question, report_speed
@@ -32,8 +33,18 @@ def ask_once(images: list[str], text: str, options: dict[str, Any]) -> None:
     """
     engine = Engine(**options)
     inputs = encode(engine.processor, [[question(images, text)]], engine.template_options)
-    engine.answer(inputs, stream=True)
+    print_answer(engine, inputs)
     report_speed(engine.tokens, engine.seconds)
+
+
+def print_answer(engine: Engine, inputs: BatchFeature) -> str:
+    """Prints the answer to one chat as it comes, and returns it."""
+    pieces = []
+    for piece in engine.stream(inputs):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print()
+    return "".join(pieces).strip()
 
 
 def open_image(source: str, processor: Any) -> Image.Image:
@@ -94,12 +105,13 @@ def talk(images: list[str], options: dict[str, Any]) -> None:
                 is_hint_due = False
             engine.tokens, engine.seconds = 0, 0.0
             try:
-                answer = engine.answer(encode(engine.processor, [[*chat, turn]], engine.template_options), stream=True)
+                inputs = encode(engine.processor, [[*chat, turn]], engine.template_options)
+                answer = print_answer(engine, inputs)
             except ValueError as error:
                 print(f"error: {error} (/reset forgets the conversation.)", file=sys.stderr)
             except KeyboardInterrupt:
                 note("\nStopped; this question does not count.")
             else:
-                chat += [turn, {"role": "assistant", "content": answer[0]}]
+                chat += [turn, {"role": "assistant", "content": answer}]
                 pending = []
                 report_speed(engine.tokens, engine.seconds)

@@ -1,9 +1,11 @@
 """A checkpoint that answers: what `caption`, `chat`, `compare` and a demo share."""
 
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from transformers import (
     CompileConfig,
     LogitsProcessorList,
     PreTrainedModel,
-    TextStreamer,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
     set_seed,
 )
 
@@ -138,6 +141,8 @@ class Engine:
 
     Attributes:
         model, processor, device: What answers.
+        description: Its parameters, device and dtype, in a line.
+        thinking_switches: Names that the chat template has for thinking; empty: it has none.
         template_options: What the chat template is told besides the chat.
         tokens, seconds: Of all answers so far.
 
@@ -173,7 +178,7 @@ class Engine:
         if is_int8 and not on_cpu:
             raise ValueError("int8 is for a CPU. Choose another --dtype, or --device cpu.")
         self.model = load_answering_model(source, self.device, "float32" if is_int8 else dtype)
-        description = describe(self.model) + (", decoder int8" if is_int8 else "")
+        self.description = describe(self.model) + (", decoder int8" if is_int8 else "")
         if is_int8:
             quantize_decoder(self.model)
         elif on_cpu and self.model.dtype == torch.float32:
@@ -181,36 +186,50 @@ class Engine:
         self.processor = load_processor(source, max_image_pixels, allowed_hosts)
         self.tokens, self.seconds = 0, 0.0
 
-        config = self.model.generation_config
-        config.do_sample = not greedy
-        config.temperature, config.top_p, config.top_k = (None, None, None) if greedy else (temperature, top_p, top_k)
-        config.repetition_penalty = repetition_penalty or config.repetition_penalty
-        config.max_new_tokens = max_new_tokens or config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+        self.set_decoding(greedy, temperature, top_p, top_k, repetition_penalty, max_new_tokens)
         if seed is not None:
             set_seed(seed)
         if compile:
+            config = self.model.generation_config
             config.cache_implementation = "static"  # with it, generate() compiles its steps by itself,
             config.compile_config = CompileConfig()
             # which the library does not do on a CPU unless told (by an attribute that it annotates as None).
             config.compile_config._compile_all_devices = True  # pyright: ignore[reportAttributeAccessIssue]
 
         # MiniMind-3 has one name for it, MiniMind2 the other.
-        switches = [n for n in ("open_thinking", "enable_thinking") if n in (self.processor.chat_template or "")]
-        if thinking is not None and not switches:
+        names = ("open_thinking", "enable_thinking")
+        self.thinking_switches = [name for name in names if name in (self.processor.chat_template or "")]
+        if thinking is not None and not self.thinking_switches:
             raise ValueError(f"{source} has no switch for thinking in its chat template. Leave out --(no-)thinking.")
-        self.template_options = {} if thinking is None else dict.fromkeys(switches, thinking)
+        self.template_options = {} if thinking is None else dict.fromkeys(self.thinking_switches, thinking)
         if state.is_main_process:
-            note(f"{Path(given).resolve().name}: {description}")
+            note(f"{Path(given).resolve().name}: {self.description}")
 
-    def answer(self, inputs: BatchFeature, stream: bool = False) -> list[str]:
-        """Answers a left-padded batch of chats, as [`encode`] makes it.
+    def set_decoding(
+        self,
+        greedy: bool = False,
+        temperature: float = 0.65,
+        top_p: float = 0.85,
+        top_k: int = 50,
+        repetition_penalty: float | None = None,
+        max_new_tokens: int | None = None,
+    ) -> None:
+        """How answers are decoded from now on; see the class."""
+        config = self.model.generation_config
+        config.do_sample = not greedy
+        config.temperature, config.top_p, config.top_k = (None, None, None) if greedy else (temperature, top_p, top_k)
+        config.repetition_penalty = repetition_penalty or config.repetition_penalty
+        config.max_new_tokens = max_new_tokens or config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+
+    def generate(self, inputs: BatchFeature, **options: Any) -> torch.Tensor:
+        """The tokens of the answers to a left-padded batch of chats, as [`encode`] makes it.
 
         Args:
             inputs: Model inputs, `input_ids` of shape `[rows, length]`.
-            stream: Print the answer, of one row only, as it comes.
+            options: For the model's `generate`.
 
         Returns:
-            One answer per row.
+            Token ids `[rows, longest answer]` on the CPU, padded on the right.
 
         Raises:
             ValueError: The logits are not finite.
@@ -218,19 +237,46 @@ class Engine:
         length = inputs["input_ids"].shape[1]
         positions = self.model.config.get_text_config().max_position_embeddings
         longest = max(1, min(self.model.generation_config.max_new_tokens, positions - length))
-        streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         start = time.perf_counter()
         # The library's protocol for `self` asks for attributes that few of its own models have
         sequences = self.model.generate(  # pyright: ignore[reportAttributeAccessIssue]
             **inputs.to(self.device),
             max_new_tokens=longest,
-            streamer=streamer if stream else None,
             logits_processor=LogitsProcessorList([FiniteLogits()]),
+            **options,
         )
         answers = sequences[:, length:].cpu()
         self.seconds += time.perf_counter() - start
         self.tokens += int((answers != self.processor.tokenizer.pad_token_id).sum())
-        return [text.strip() for text in self.processor.batch_decode(answers, skip_special_tokens=True)]
+        return answers
+
+    def answer(self, inputs: BatchFeature) -> list[str]:
+        """One answer per row of a batch, given as to [`generate`]."""
+        answers = self.processor.batch_decode(self.generate(inputs), skip_special_tokens=True)
+        return [text.strip() for text in answers]
+
+    def stream(self, inputs: BatchFeature) -> Iterator[str]:
+        """The answer to one chat, in pieces as they come. The model stops where the iterator is closed.
+
+        Args:
+            inputs: As for [`generate`], of one row.
+
+        Raises:
+            ValueError: The logits are not finite.
+        """
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        is_closed = threading.Event()
+        criteria: Any = [lambda ids, scores, **_: torch.full(ids.shape[:1], is_closed.is_set(), device=ids.device)]
+        with ThreadPoolExecutor(1) as executor:
+            answer = executor.submit(
+                self.generate, inputs, streamer=streamer, stopping_criteria=StoppingCriteriaList(criteria)
+            )
+            answer.add_done_callback(lambda _: streamer.end())  # after an error as well
+            try:
+                yield from streamer
+            finally:
+                is_closed.set()
+            answer.result()  # raises its error
 
 
 def encode(processor: Any, chats: list[list[dict]], template_options: dict[str, Any] | None = None) -> BatchFeature:

@@ -2,7 +2,8 @@
 
 from .assemble import assemble
 from .publish import publish
+from .space import publish_space
 from .upload import upload
 from .verify import Report, verify
 
-__all__ = ["Report", "assemble", "publish", "upload", "verify"]
+__all__ = ["Report", "assemble", "publish", "publish_space", "upload", "verify"]

@@ -156,15 +156,21 @@ def find_tag(api: HfApi, repo_id: str, tag: str) -> str | None:
 
 
 def compare(
-    api: HfApi, repo_id: str, revision: str | None, folder: Path, files: dict[str, str]
+    api: HfApi,
+    repo_id: str,
+    revision: str | None,
+    folder: Path,
+    files: dict[str, str],
+    repo_type: str = "model",
 ) -> tuple[list[str], list[str]]:
     """Files of the folder that a commit of the repository lacks or holds otherwise, and those to delete there.
 
     Args:
         revision: The commit.
         files: Name and SHA-256 of the folder's files.
+        repo_type: `"model"` or `"space"`.
     """
-    tree = api.list_repo_tree(repo_id, revision=revision, recursive=True)
+    tree = api.list_repo_tree(repo_id, revision=revision, recursive=True, repo_type=repo_type)
     remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     changed = [name for name in files if not is_same(remote.get(name), folder / name, files[name])]
     return changed, [name for name in remote if LOADABLE.fullmatch(name) and name not in files]

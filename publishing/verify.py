@@ -60,10 +60,7 @@ def verify(folder: str | Path, checkpoint: str | Path | None = None) -> Report:
         raise FileNotFoundError(f"{folder} is no folder. Assemble one first.")
     report = Report(str(folder), list_files(folder), [])
     with tempfile.TemporaryDirectory() as elsewhere:
-        # Nothing of the user's: no token, no caches, no settings
-        theirs = ("HF_", "HUGGING", "TRANSFORMERS_")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
-        environment |= {"HF_HOME": f"{elsewhere}/home", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+        environment = fresh_environment(elsewhere)
         result = Path(elsewhere, "checks.json")
         command = [sys.executable, CHECKS, folder.resolve(), result]
         command += [Path(checkpoint).expanduser().resolve()] if checkpoint else []
@@ -76,10 +73,17 @@ def verify(folder: str | Path, checkpoint: str | Path | None = None) -> Report:
     return report
 
 
+def fresh_environment(elsewhere: str) -> dict[str, str]:
+    """An environment with nothing of the user's: no token, no caches, no settings; and without the network."""
+    theirs = ("HF_", "HUGGING", "TRANSFORMERS_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
+    return environment | {"HF_HOME": f"{elsewhere}/home", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+
+
 def list_files(folder: Path) -> dict[str, str]:
-    """Name and SHA-256 of every file."""
+    """Name, with the folders it is in, and SHA-256 of every file."""
     files = {}
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
-            files[path.name] = sha_fileobj(file).hex()
+            files[path.relative_to(folder).as_posix()] = sha_fileobj(file).hex()
     return files

@@ -175,11 +175,15 @@ class Handler(BaseHTTPRequestHandler):
         if owner != self.user:
             raise Refused(403, "", f"You don't have the rights to create a model under the namespace {owner!r}")
         repo_id = f"{owner}/{name}"
+        kind = wanted.get("type") or "model"
+        url = f"{self.server.url}/{'spaces/' if kind == 'space' else ''}{repo_id}"
         if repo_id in self.server.repositories:
-            raise Refused(409, "", "You already created this model repo")
+            return self.answer({"error": "You already created this repo", "url": url}, 409)
         private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
-        self.server.add(repo_id, private=private)
-        self.answer({"url": f"{self.server.url}/{repo_id}"})
+        if kind == "space" and wanted.get("sdk") != "gradio":
+            raise Refused(400, "", "A Space needs an sdk")
+        self.server.add(repo_id, private=private, kind=kind)
+        self.answer({"url": url})
 
     def validate(self) -> None:
         content = self.json()["content"]
@@ -219,8 +223,8 @@ class Handler(BaseHTTPRequestHandler):
         repository.tags[self.json()["tag"]] = self.revision(repository, revision)
         self.answer({})
 
-    def tree(self, repo_id: str, revision: str, folder: str = "") -> None:
-        repository = self.repository(repo_id)
+    def tree(self, kind: str, repo_id: str, revision: str, folder: str = "") -> None:
+        repository = self.repository(repo_id, kind)
         files = repository.commits[self.revision(repository, revision)]
         if folder and not any(path.startswith(folder + "/") for path in files):
             raise Refused(404, "EntryNotFound", f"{folder} does not exist")
@@ -246,8 +250,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer(data, 200, headers)
 
-    def preupload(self, repo_id: str, revision: str) -> None:
-        repository = self.repository(repo_id, write="create_pr" not in self.query)
+    def preupload(self, kind: str, repo_id: str, revision: str) -> None:
+        repository = self.repository(repo_id, kind, write="create_pr" not in self.query)
         present = repository.commits[self.revision(repository, revision)]
         answers = []
         for file in self.json()["files"]:
@@ -258,8 +262,8 @@ class Handler(BaseHTTPRequestHandler):
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.answer({"files": answers})
 
-    def lfs_batch(self, repo_id: str) -> None:
-        self.repository(repo_id)
+    def lfs_batch(self, kind: str | None, repo_id: str) -> None:
+        self.repository(repo_id, kind or "model")
         objects = []
         for wanted in self.json()["objects"]:
             upload = {"href": f"{self.server.url}/lfs/{wanted['oid']}"}
@@ -273,11 +277,11 @@ class Handler(BaseHTTPRequestHandler):
         self.server.large[oid] = self.body
         self.answer({})
 
-    def commit(self, repo_id: str, revision: str) -> None:
+    def commit(self, kind: str, repo_id: str, revision: str) -> None:
         create_pr = "create_pr" in self.query
         if self.user is None:
             raise Refused(401, "", "Log in")
-        repository = self.repository(repo_id, write=not create_pr)
+        repository = self.repository(repo_id, kind, write=not create_pr)
         header, *lines = [json.loads(line) for line in self.body.splitlines()]
         parent = self.revision(repository, revision)
         if header["value"].get("parentCommit", parent) != parent:
@@ -319,14 +323,14 @@ ROUTES = [
     (rf"GET /api/models/{REPO}/refs", Handler.refs),
     (rf"POST /api/models/{REPO}/branch/(.+)", Handler.branch),
     (rf"POST /api/models/{REPO}/tag/(.+)", Handler.tag),
-    (rf"GET /api/models/{REPO}/tree/(refs/pr/\d+|[^/]+)", Handler.tree),
-    (rf"GET /api/models/{REPO}/tree/(refs/pr/\d+|[^/]+)/(.+)", Handler.tree),
+    (rf"GET /api/(model|space)s/{REPO}/tree/(refs/pr/\d+|[^/]+)", Handler.tree),
+    (rf"GET /api/(model|space)s/{REPO}/tree/(refs/pr/\d+|[^/]+)/(.+)", Handler.tree),
     (rf"POST /api/models/{REPO}/paths-info/(.+)", Handler.paths_info),
     (rf"(?:GET|HEAD) /{REPO}/resolve/(refs/pr/\d+|[^/]+)/(.+)", Handler.file),
-    (rf"POST /api/models/{REPO}/preupload/(.+)", Handler.preupload),
-    (rf"POST /{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
+    (rf"POST /api/(model|space)s/{REPO}/preupload/(.+)", Handler.preupload),
+    (rf"POST /(?:(space)s/)?{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     (r"PUT /lfs/([0-9a-f]{64})", Handler.lfs_upload),
-    (rf"POST /api/models/{REPO}/commit/(.+)", Handler.commit),
+    (rf"POST /api/(model|space)s/{REPO}/commit/(.+)", Handler.commit),
 ]
 
 

@@ -15,6 +15,7 @@ LAYERS = [
     ["conversion"],
     ["export"],
     ["inference", "publishing", "training"],
+    ["demo"],
     ["cli"],
     ["hub_upload"],
 ]

@@ -30,6 +30,7 @@ from minimind_v import (
 )
 from minimind_v.conversion import convert_checkpoint
 from minimind_v.publishing import checks
+from minimind_v.publishing.space import upload_space
 from minimind_v.publishing.verify import list_files
 
 REPO = "alice/emoji"
@@ -622,3 +623,49 @@ def test_command_at_the_top_level():
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "usage: minimind-v upload" in result.stdout and "--dry-run" in result.stdout
     assert not re.search(r"\| +(torch|transformers|minimind_v)$", result.stderr, flags=re.MULTILINE)
+
+
+# --- A Space ---------------------------------------------------------------------------------------------------------
+
+
+def test_space_of_a_folder_then_of_a_repository(hub, published, tmp_path, monkeypatch, capsys):
+    """The first has a copy of the checkpoint; the second loads it from the Hub, and the copy is deleted."""
+    pytest.importorskip("gradio", reason="the extra demo is not installed")
+    with online(hub.url):
+        assert publishing.publish_space(CHECKPOINT, "alice/show", output=tmp_path / "space")
+    assert "starts, and answers 'Red apple.'" in capsys.readouterr().out
+    files = held(hub, "alice/show")
+    assert hub.repositories["alice/show"].kind == "space" and files.keys() == list_files(tmp_path / "space").keys()
+    assert files["model/model.safetensors"] == (CHECKPOINT / "model.safetensors").read_bytes()
+    assert not [name for name in files if name.endswith(("modeling_minimind_v.py", ".pyc")) and "model/" in name]
+    card = ModelCard(files["README.md"].decode()).data.to_dict()
+    assert (card["sdk"], card["app_file"], card["title"]) == ("gradio", "app.py", "show") and "models" not in card
+    assert {"torch", "transformers"} <= {line.split("==")[0] for line in files["requirements.txt"].decode().split()}
+
+    for name, value in {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}.items():
+        monkeypatch.setenv(name, value)
+    with online(hub.url):
+        assert publishing.publish_space(REPO, "alice/show", output=tmp_path / "space")
+    files = held(hub, "alice/show")
+    assert ModelCard(files["README.md"].decode()).data.to_dict()["models"] == [REPO]
+    assert not [name for name in files if name.startswith("model/")] and repr(REPO) in files["app.py"].decode()
+    report = publishing.Report("", {}, [checks.Check("app", True, "as verified before")])
+    with online(hub.url), pytest.raises(ValueError, match="The Space alice/show is public already"):
+        upload_space(tmp_path / "space", "alice/show", report=report, private=True)
+
+
+def test_space_that_does_not_answer_is_not_uploaded(hub, tmp_path, capsys):
+    pytest.importorskip("gradio", reason="the extra demo is not installed")
+    broken = shutil.copytree(CHECKPOINT, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    save_file({name: tensor * float("nan") for name, tensor in weights.items()}, broken / "model.safetensors")
+    with online(hub.url):
+        assert not publishing.publish_space(broken, "alice/broken")
+    assert "FAIL  app" in capsys.readouterr().out and "alice/broken" not in hub.repositories
+
+
+def test_space_replaces_no_folder_of_the_user(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="was not assembled here"):
+        publishing.publish_space(CHECKPOINT, "alice/show", dry_run=True, output=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
