@@ -39,6 +39,7 @@ EXAMPLES = {
     "pizza": "Describe this image.",
     "sunflower": "描述这张图片。",
 }
+ERROR_TITLE = "⚠️"  # of a message that is no answer
 REFRESH_SECONDS = 0.05  # Pages show no more in between
 WIDTH = 320  # of a column at least, in pixels: on a phone, they stand below each other
 SLIDERS = (  # name, least, most, default, step
@@ -177,6 +178,13 @@ class Demo:
                         shown = time.monotonic()
             yield answer.strip(), speed(engine)
 
+    def chat_to_the_end(self, *arguments: Any) -> Iterator[tuple[Any, str]]:
+        """[`chat`], with an error as a message in it: after one that is raised, gradio's chat takes no questions."""
+        try:
+            yield from self.chat(*arguments)
+        except gr.Error as error:
+            yield {"role": "assistant", "content": error.message, "metadata": {"title": ERROR_TITLE}}, ""
+
     def answered(self, history: list[dict[str, Any]], engine: Engine) -> list[dict[str, Any]]:
         """The chat so far as the model reads it, without thoughts and without questions that got no answer."""
         chat: list[dict[str, Any]] = []
@@ -304,7 +312,7 @@ def build(demo: Demo) -> gr.Blocks:
             )
             rate = gr.Markdown(elem_id="rate", render=False)
             gr.ChatInterface(
-                demo.chat,
+                demo.chat_to_the_end,
                 multimodal=True,
                 chatbot=gr.Chatbot(
                     label=translate("conversation"),

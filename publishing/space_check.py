@@ -20,4 +20,6 @@ if not Path(minimind_v.__file__).is_relative_to(folder):
 _, url, _ = app.page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **app.LAUNCH)
 picture = handle_file(str(folder / "minimind_v" / "examples" / "images" / "apple.png"))
 answer, _ = Client(url, verbose=False).predict({"text": "What is this?", "files": [picture]}, api_name="/chat")
+if not isinstance(answer, str):  # but a message about an error
+    sys.exit(f"The app does not answer: {answer}")
 result.write_text(json.dumps(answer), encoding="utf-8")
