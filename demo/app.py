@@ -39,7 +39,7 @@ EXAMPLES = {
     "pizza": "Describe this image.",
     "sunflower": "描述这张图片。",
 }
-ERROR_TITLE = "⚠️"  # of a message that is no answer
+ERROR_SIGN = "⚠️"  # before what is no answer
 REFRESH_SECONDS = 0.05  # Pages show no more in between
 WIDTH = 320  # of a column at least, in pixels: on a phone, they stand below each other
 SLIDERS = (  # name, least, most, default, step
@@ -183,7 +183,8 @@ class Demo:
         try:
             yield from self.chat(*arguments)
         except gr.Error as error:
-            yield {"role": "assistant", "content": error.message, "metadata": {"title": ERROR_TITLE}}, ""
+            # In the title, because what stands below one is folded
+            yield {"role": "assistant", "content": "", "metadata": {"title": f"{ERROR_SIGN} {error.message}"}}, ""
 
     def answered(self, history: list[dict[str, Any]], engine: Engine) -> list[dict[str, Any]]:
         """The chat so far as the model reads it, without thoughts and without questions that got no answer."""

@@ -24,7 +24,7 @@ ENGLISH = {
     "ask": "Ask about a picture: upload, paste or drop it here",
     "camera": "Take a picture with the camera",
     "examples": "Examples",
-    "compare": "Compare two pictures",
+    "compare": "Compare",
     "first": "First picture",
     "second": "Second picture",
     "question": "Question",
