@@ -82,7 +82,7 @@ def test_wheel_has_the_packages_and_what_they_need(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"minimind_v", "minimind_v_cli"}
     assert {"minimind_v/LICENSE", "minimind_v/publishing/card_template.md", "minimind_v/hub_upload.py"} <= names
-    images = {f"minimind_v/examples/images/{name}.png" for name in ("apple", "dog", "pizza")}
+    images = {f"minimind_v/examples/images/{name}.png" for name in ("apple", "dog", "pizza", "sunflower")}
     assert {name for name in names if "/examples/" in name} == images
     assert not [name for name in names if "/tests/" in name or "/benchmarks/" in name]
     assert wheel.stat().st_size < 10e6
