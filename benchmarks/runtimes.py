@@ -31,7 +31,9 @@ HEADER = """\
 """
 
 
-def make_candidates(size: str, names: list[str], environments: Path, folder: Path) -> dict[str, dict[str, Any]]:
+def make_candidates(
+    size: str, variants: list[str], names: list[str], environments: Path, folder: Path
+) -> dict[str, dict[str, Any]]:
     """What `ask` takes, for each runtime and precision."""
     checkpoint = save_checkpoint(size, folder / size)
     script = "ask_transformers.py"
@@ -42,7 +44,7 @@ def make_candidates(size: str, names: list[str], environments: Path, folder: Pat
             "model": checkpoint,
             "variant": variant,
         }
-        for variant in TRANSFORMERS
+        for variant in variants
     }
     for name in tqdm(names, desc="exports", leave=False):
         runtime, environment = RUNTIMES[name], environments / name.replace(" ", "-")
@@ -58,11 +60,11 @@ def make_candidates(size: str, names: list[str], environments: Path, folder: Pat
 
 
 def measure(options: dict[str, Any], rows: int, tokens: int) -> dict[str, float]:
-    """Tokens per second after the first token, seconds to it, and peak memory; of three questions the fastest."""
+    """Tokens per second after the first token, seconds to it, and peak memory; of two questions the faster one."""
     options = dict(options)
     variant = [options.pop("variant")] if "variant" in options else []
     question = {"text": "What is this?", "images": [str(IMAGE)], "max_new_tokens": tokens, "rows": rows}
-    questions = [question | {"id": str(number)} for number in range(4)]
+    questions = [question | {"id": str(number)} for number in range(3)]
     positional = [options.pop(name) for name in ("program", "script", "model")]
     result = ask(*positional, questions, *variant, **options)
     answers = result["answers"][1:]  # the first warms up
@@ -76,13 +78,14 @@ def main() -> None:
     parser.add_argument("runtimes", nargs="*", help=f"of {', '.join(RUNTIMES)} (default: all)")
     parser.add_argument("--size", choices=SIZES, default="minimind3-65m")
     parser.add_argument("--environments", type=Path, default=Path("runtime-environments"))
+    parser.add_argument("--variants", nargs="*", choices=TRANSFORMERS, default=TRANSFORMERS, help="of transformers")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=48)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         names, environments = options.runtimes or list(RUNTIMES), options.environments.resolve()
-        candidates = make_candidates(options.size, names, environments, Path(folder))
+        candidates = make_candidates(options.size, options.variants, names, environments, Path(folder))
         figures: dict[str, dict[int, list[dict[str, float]]]] = {name: {1: [], 16: []} for name in candidates}
         for _ in tqdm(range(options.rounds), desc="rounds"):
             for name, candidate in candidates.items():
@@ -90,6 +93,7 @@ def main() -> None:
                 has_rows = runtime is None or runtime.has_rows  # None: transformers itself
                 for rows in (1, 16) if has_rows else (1,):
                     figures[name][rows].append(measure(candidate, rows, options.tokens))
+                    print(f"{name}, {rows} rows: {figures[name][rows][-1]['speed']:.1f} tokens/s", flush=True)
         sizes = {name: candidate["model"] for name, candidate in candidates.items()}
         print(make_table(figures, sizes))
     bandwidth, _ = limits("cpu", torch.float32)
