@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from torch.ao.nn.quantized import dynamic
-from torch.ao.quantization import per_channel_dynamic_qconfig
+from torch.ao.quantization.qconfig import per_channel_dynamic_qconfig
 from transformers import (
     BatchFeature,
     CompileConfig,
