@@ -36,16 +36,8 @@ def make_candidates(
 ) -> dict[str, dict[str, Any]]:
     """What `ask` takes, for each runtime and precision."""
     checkpoint = save_checkpoint(size, folder / size)
-    script = "ask_transformers.py"
-    candidates: dict[str, dict[str, Any]] = {
-        f"transformers {variant}": {
-            "program": sys.executable,
-            "script": script,
-            "model": checkpoint,
-            "variant": variant,
-        }
-        for variant in variants
-    }
+    options: dict[str, Any] = {"program": sys.executable, "script": "ask_transformers.py", "model": checkpoint}
+    candidates = {f"transformers {variant}": options | {"variant": variant} for variant in variants}
     for name in tqdm(names, desc="exports", leave=False):
         runtime, environment = RUNTIMES[name], environments / name.replace(" ", "-")
         program = make_environment(runtime, environment)

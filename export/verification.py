@@ -29,19 +29,15 @@ class Question:
     Args:
         text: The question itself.
         image: The image that it is about; None for a text-only checkpoint.
-        prompt: The rendered chat, one image token for the image.
         inputs: The model's inputs of one row: `input_ids` `[1, T]` with the image's tokens, `attention_mask`, and
             `pixel_values` `[1, 3, height, width]` of an image (of NaFlex its three).
         answer: Ids of the greedy answer, at most `MAX_NEW_TOKENS`, without the end token.
-        answer_text: The same, decoded.
     """
 
     text: str
     image: Image.Image | None
-    prompt: str
     inputs: dict[str, Any]
     answer: list[int]
-    answer_text: str
 
 
 def ask_checkpoint(checkpoint: str | Path, with_images: bool = True) -> Iterator[Question]:
@@ -63,12 +59,10 @@ def ask_checkpoint(checkpoint: str | Path, with_images: bool = True) -> Iterator
         image = Image.open(path).convert("RGB") if sees else None
         content = [{"type": "image", "image": image}, {"type": "text", "text": text}] if sees else text
         chat = [{"role": "user", "content": content}]
-        prompt = asker.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         inputs = asker.apply_chat_template(
             chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        answer = greedy_answer(model, inputs)
-        yield Question(text, image, prompt, dict(inputs), answer, asker.decode(answer))
+        yield Question(text, image, dict(inputs), greedy_answer(model, inputs))
 
 
 def greedy_answer(model: Any, inputs: Mapping[str, Any]) -> list[int]:
