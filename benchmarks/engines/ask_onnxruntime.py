@@ -2,13 +2,13 @@
 
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from report import write_report
 
 model, questions, answers = sys.argv[1:]
 sys.path.insert(0, model)
@@ -49,11 +49,4 @@ for question in json.loads(Path(questions).read_text(encoding="utf-8")):
             "seconds": time.perf_counter() - started,
         }
     )
-report = {
-    "runtime": f"onnxruntime {onnxruntime.__version__}",
-    "load_seconds": load_seconds,
-    "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    * (1 if sys.platform == "darwin" else 1024),
-    "answers": results,
-}
-Path(answers).write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+write_report(answers, f"onnxruntime {onnxruntime.__version__}", load_seconds, results)

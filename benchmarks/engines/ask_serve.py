@@ -18,8 +18,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from report import write_report
 
 STARTING = 120  # seconds, at most
 
@@ -95,6 +98,17 @@ def stream(url: str, checkpoint: str, content: Any, max_tokens: int) -> dict[str
     return {"text": text.strip(), "tokens": tokens, "first_token_seconds": first or seconds, "seconds": seconds}
 
 
+def ask(url: str, checkpoint: str, question: dict[str, Any]) -> dict[str, Any]:
+    """The answer to one question, which so many users ask at once as it has rows."""
+    content, tokens = parts(question["text"], *question["images"]), question["max_new_tokens"]
+    rows, began = question.get("rows", 1), time.perf_counter()
+    with ThreadPoolExecutor(rows) as users:
+        answers = list(users.map(lambda _: stream(url, checkpoint, content, tokens), range(rows)))
+    first = min(answer["first_token_seconds"] for answer in answers)
+    times = {"first_token_seconds": first, "seconds": time.perf_counter() - began}
+    return answers[0] | {"tokens": sum(answer["tokens"] for answer in answers)} | times
+
+
 def main(checkpoint: str, questions_file: str, answers_file: str) -> None:
     from importlib.metadata import version
 
@@ -102,14 +116,9 @@ def main(checkpoint: str, questions_file: str, answers_file: str) -> None:
     start = time.perf_counter()
     with serve(checkpoint, "--dtype", "float32", log=Path(answers_file).resolve().with_suffix(".log")) as url:
         loaded = time.perf_counter()
-        answers = [
-            {"id": item["id"]} | stream(url, checkpoint, parts(item["text"], *item["images"]), item["max_new_tokens"])
-            for item in questions
-        ]
+        answers = [{"id": item["id"]} | ask(url, checkpoint, item) for item in questions]
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    result = {"runtime": f"transformers serve {version('transformers')}", "load_seconds": loaded - start}
-    text = json.dumps(result | {"peak_memory_bytes": peak, "answers": answers}, ensure_ascii=False, indent=1)
-    Path(answers_file).write_text(text + "\n", encoding="utf-8")
+    write_report(answers_file, f"transformers serve {version('transformers')}", loaded - start, answers, peak)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ Runs where this package is installed. Greedy, one question at a time. VARIANT is
 """
 
 import json
-import platform
-import resource
 import sys
 import time
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from report import write_report
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -84,10 +83,7 @@ def main(checkpoint: str, questions_file: str, answers_file: str, variant: str =
     processor = processor_class.from_pretrained(checkpoint)
     loaded = time.perf_counter()
     answers = [ask(model, processor, item) for item in json.loads(Path(questions_file).read_text(encoding="utf-8"))]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    result = {"runtime": f"transformers {transformers.__version__}", "load_seconds": loaded - start}
-    text = json.dumps(result | {"peak_memory_bytes": peak, "answers": answers}, ensure_ascii=False, indent=1)
-    Path(answers_file).write_text(text + "\n", encoding="utf-8")
+    write_report(answers_file, f"transformers {transformers.__version__}", loaded - start, answers)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 // transformers.js in Node, run where it is installed: node ask_transformers_js.mjs MODEL QUESTIONS.json ANSWERS.json [DTYPE]
-import { readFileSync, realpathSync, writeFileSync } from "node:fs";
+import { existsSync, readFileSync, realpathSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { basename, dirname } from "node:path";
 import { pathToFileURL } from "node:url";
 
 // From where it is started, not from where this file is: npm install @huggingface/transformers
 const found = createRequire(pathToFileURL(process.cwd() + "/")).resolve("@huggingface/transformers");
-const { AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, TextStreamer, env, load_image } =
+const { AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, BaseStreamer, cat, env, load_image } =
   await import(pathToFileURL(found.replace(/\.cjs$/, ".mjs")));
 
 const [model_folder, questions_file, answers_file, dtype] = process.argv.slice(2);
@@ -25,8 +25,29 @@ const processor = sees ? await AutoProcessor.from_pretrained(name) : null;
 const tokenizer = processor?.tokenizer ?? (await AutoTokenizer.from_pretrained(name));
 const load_seconds = seconds();
 
+// TextStreamer takes one row only
+class Clock extends BaseStreamer {
+  constructor(tick) {
+    super();
+    this.tick = tick;
+    this.is_prompt = true;
+  }
+  put() {
+    if (!this.is_prompt) this.tick();
+    this.is_prompt = false;
+  }
+  end() {}
+}
+
+// As report.py: what the starting process had is not counted
+function peak_memory() {
+  const status = "/proc/self/status";
+  if (!existsSync(status)) return process.resourceUsage().maxRSS * 1024;
+  return Number(/VmHWM:\s+(\d+)/.exec(readFileSync(status, "utf8"))[1]) * 1024;
+}
+
 const answers = [];
-for (const { id, text, images, max_new_tokens } of JSON.parse(readFileSync(questions_file))) {
+for (const { id, text, images, max_new_tokens, rows = 1 } of JSON.parse(readFileSync(questions_file))) {
   started = performance.now();
   const content = [...images.map(() => ({ type: "image" })), { type: "text", text }];
   const messages = [{ role: "user", content: images.length ? content : text }];
@@ -39,20 +60,17 @@ for (const { id, text, images, max_new_tokens } of JSON.parse(readFileSync(quest
     const [height, width] = pixels.pixel_values.dims.slice(-2);
     const count = Math.floor(height / patch_size) * Math.floor(width / patch_size) + num_additional_image_tokens;
     prompt = prompt.replaceAll(image_token, image_token.repeat(count));
-    inputs = { pixel_values: pixels.pixel_values };
+    inputs = { pixel_values: cat(Array(rows).fill(pixels.pixel_values), 0) };
   }
-  inputs = { ...inputs, ...tokenizer(prompt, { add_special_tokens: false }) };
+  inputs = { ...inputs, ...tokenizer(Array(rows).fill(prompt), { add_special_tokens: false }) };
   let first_token_seconds = null;
-  const streamer = new TextStreamer(tokenizer, {
-    callback_function: () => {},
-    token_callback_function: () => (first_token_seconds ??= seconds()),
-  });
+  const streamer = new Clock(() => (first_token_seconds ??= seconds()));
   const output = await model.generate({ ...inputs, max_new_tokens, do_sample: false, streamer });
   const answer = output.slice(null, [inputs.input_ids.dims[1], null]);
   answers.push({
     id,
     text: tokenizer.batch_decode(answer, { skip_special_tokens: true })[0].trim(),
-    tokens: answer.dims[1],
+    tokens: rows * answer.dims[1],
     first_token_seconds,
     seconds: seconds(),
   });
@@ -60,7 +78,7 @@ for (const { id, text, images, max_new_tokens } of JSON.parse(readFileSync(quest
 const report = {
   runtime: `transformers.js ${env.version}`,
   load_seconds,
-  peak_memory_bytes: process.resourceUsage().maxRSS * 1024,
+  peak_memory_bytes: peak_memory(),
   answers,
 };
 writeFileSync(answers_file, JSON.stringify(report, null, 1));

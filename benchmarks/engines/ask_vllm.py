@@ -5,11 +5,11 @@ Runs where vllm is installed and this package need not be. Greedy, in float32, o
 
 import json
 import os
-import platform
-import resource
 import sys
 import time
 from pathlib import Path
+
+from report import write_report
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
@@ -48,10 +48,7 @@ def main(checkpoint: str, questions_file: str, answers_file: str) -> None:
         text = model.get_tokenizer().decode(ids, skip_special_tokens=True).strip()
         answer = {"id": question["id"], "text": text, "ids": ids, "tokens": rows * len(ids), "seconds": seconds}
         answers.append(answer | {"first_token_seconds": output.metrics.first_token_latency})
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    result = {"runtime": f"vLLM {vllm.__version__}", "load_seconds": loaded - start, "peak_memory_bytes": peak}
-    text = json.dumps(result | {"answers": answers}, ensure_ascii=False, indent=1)
-    Path(answers_file).write_text(text + "\n", encoding="utf-8")
+    write_report(answers_file, f"vLLM {vllm.__version__}", loaded - start, answers)
 
 
 if __name__ == "__main__":
