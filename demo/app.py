@@ -18,6 +18,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 try:
     import gradio as gr
+    from gradio.themes import Default
 except ImportError as error:
     raise ImportError("The demo needs gradio: pip install 'minimind-v[demo]'") from error
 import torch
@@ -57,7 +58,7 @@ CSS = """
 """
 # How the page is launched, wherever
 LAUNCH: dict[str, Any] = {
-    "theme": gr.themes.Default(primary_hue="blue", neutral_hue="slate"),
+    "theme": Default(primary_hue="blue", neutral_hue="slate"),
     "css": CSS,
     "i18n": translate,
     "footer_links": [],
@@ -216,7 +217,7 @@ class Demo:
                 for answer in engine.answer(encode(engine.processor, chats, template_options))
             ]
 
-    def look(self, file: str, text: str, model: str, *decoding: Any) -> tuple[Look, Any, Image.Image, list]:
+    def look(self, file: str, text: str, model: str, *decoding: Any) -> tuple[Look, Any, Image.Image, str, list]:
         """What [`look`] found, the words to choose from, the picture for the first, and the tokens."""
         with self.use(model) as engine:
             template_options = set_decoding(engine, *decoding)

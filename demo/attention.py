@@ -50,7 +50,7 @@ def look(engine: Engine, image: Image.Image, text: str, template_options: dict[s
     answer = answer[~torch.isin(answer, torch.tensor(tokenizer.all_special_ids))]
     sequence = torch.cat([prompt, answer.to(prompt.device)])[None]
     pixels = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
-    before = model.config._attn_implementation
+    before: Any = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the only one that says what it attends to
     try:
         with torch.no_grad():
@@ -68,7 +68,8 @@ def look(engine: Engine, image: Image.Image, text: str, template_options: dict[s
     on_image = attention[:, : len(prompt)][:, is_image]
     maps = torch.stack([patch_map(row, model.config, shape) for row in on_image]) if words else on_image
     if getattr(engine.processor.image_processor, "do_center_crop", False):
-        image = ImageOps.fit(image, (min(image.size),) * 2)
+        side = min(image.size)
+        image = ImageOps.fit(image, (side, side))
     return Look(
         image, [word.strip() for word, _ in words], attention, maps, describe_tokens(tokenizer, prompt, is_image)
     )
@@ -82,7 +83,8 @@ def patch_map(values: torch.Tensor, config: MiniMindVConfig, shape: list[int] | 
         config: Of the model.
         shape: Rows and columns of patches that a NaFlex tower got; None for other towers, whose images are square.
     """
-    vision, size = config.vision_config, config.projector_merge_size
+    vision: Any = config.vision_config
+    size = config.projector_merge_size
     rows, columns = shape or [vision.image_size // vision.patch_size] * 2
     if shape is None and len(values) * size > rows * columns:
         values = values[1:]  # CLS, which stands nowhere

@@ -1,5 +1,7 @@
 """The words of the page, in the languages that it speaks: the browser's own, or else English."""
 
+from typing import Any
+
 import gradio as gr
 
 ENGLISH = {
@@ -82,4 +84,4 @@ CHINESE = {
     "seen": "它看到的词元",
     "speed": "每秒词元数：",
 }
-translate = gr.I18n(en=ENGLISH, **dict.fromkeys(("zh", "zh-CN", "zh-TW"), CHINESE))
+translate: Any = gr.I18n(en=ENGLISH, **dict.fromkeys(("zh", "zh-CN", "zh-TW"), CHINESE))

@@ -159,14 +159,16 @@ class Decoder(nn.Module):
 
     def __init__(self, model: PreTrainedModel, argument: str) -> None:
         super().__init__()
-        self.decoder, self.head, self.argument = model.get_decoder(), model.get_output_embeddings(), argument
+        self.decoder, self.argument = model.get_decoder(), argument
+        self.head: Any = model.get_output_embeddings()
 
     def forward(self, inputs: torch.Tensor, attention_mask: torch.Tensor, past: list) -> tuple[torch.Tensor, list]:
         cache = DynamicCache(past)
         outputs = self.decoder(
             **{self.argument: inputs}, attention_mask=attention_mask, past_key_values=cache, use_cache=True
         )
-        return self.head(outputs.last_hidden_state), [(layer.keys, layer.values) for layer in cache.layers]
+        layers: list[Any] = cache.layers
+        return self.head(outputs.last_hidden_state), [(layer.keys, layer.values) for layer in layers]
 
 
 def run_experts_one_by_one(
@@ -250,7 +252,7 @@ def write_graph(graph: dict[str, Any], path: Path, precision: str) -> None:
     from onnxscript.optimizer import optimize
 
     with quiet_exporter(), torch.no_grad():
-        program = torch.onnx.export(**graph, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+        program: Any = torch.onnx.export(**graph, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
         unlimited = 2**63
         model = optimize(program.model, input_size_limit=unlimited, output_size_limit=unlimited)
         ClearMetadataAndDocStringPass()(model)  # which names files of this machine
@@ -271,7 +273,7 @@ def quantize(proto: Any, path: Path, precision: str) -> None:
         )
     else:
         if precision == "int4":
-            quantizer = MatMulNBitsQuantizer(proto, block_size=BLOCK_SIZE, is_symmetric=True, accuracy_level=4)
+            quantizer: Any = MatMulNBitsQuantizer(proto, block_size=BLOCK_SIZE, is_symmetric=True, accuracy_level=4)
             quantizer.process()
             proto = quantizer.model.model
         onnx.save(proto, path)

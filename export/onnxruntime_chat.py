@@ -32,7 +32,7 @@ class OnnxModel:
         self.folder = Path(folder)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        sessions = {
+        sessions: dict[str, Any] = {
             re.sub("_(quantized|q4)$", "", path.stem): onnxruntime.InferenceSession(
                 path, options, providers=["CPUExecutionProvider"]
             )

@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -255,7 +255,7 @@ class Engine:
         answers = self.processor.batch_decode(self.generate(inputs), skip_special_tokens=True)
         return [text.strip() for text in answers]
 
-    def stream(self, inputs: BatchFeature) -> Iterator[str]:
+    def stream(self, inputs: BatchFeature) -> Generator[str, None, None]:
         """The answer to one chat, in pieces as they come. The model stops where the iterator is closed.
 
         Args:

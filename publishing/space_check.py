@@ -15,7 +15,7 @@ from gradio_client import Client, handle_file  # noqa: E402
 
 import minimind_v  # noqa: E402
 
-if not Path(minimind_v.__file__).is_relative_to(folder):
+if not Path(str(minimind_v.__file__)).is_relative_to(folder):
     sys.exit(f"The app runs with another copy of the code, {minimind_v.__file__}")
 _, url, _ = app.page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **app.LAUNCH)
 picture = handle_file(str(folder / "minimind_v" / "examples" / "images" / "apple.png"))

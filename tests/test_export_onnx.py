@@ -190,7 +190,7 @@ def test_program_runs_alone(exports, tmp_path):
     blocked = "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'minimind_v'))); "
     run = f"{blocked}import runpy; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
     arguments = [engine, folder, tmp_path / "questions.json", tmp_path / "answers.json"]
-    subprocess.run([sys.executable, "-c", run, *map(str, arguments)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", run, *map(str, arguments)], cwd=engine.parent, check=True, timeout=60)
     report = json.loads((tmp_path / "answers.json").read_text())
     assert report["runtime"] == f"onnxruntime {onnxruntime.__version__}" and report["peak_memory_bytes"] > 1e6
     assert [answer["id"] for answer in report["answers"]] == ["0", "1", "2"]
