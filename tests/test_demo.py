@@ -5,20 +5,17 @@ import re
 import socket
 import weakref
 
+import gradio as gr
 import pytest
 import torch
 from conftest import CHECKPOINT, IDS, KINDS, REPOSITORY, make_model, picture
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 
+from minimind_v.demo.app import ERROR_SIGN, LAUNCH, Demo, build, find_models
+from minimind_v.demo.attention import draw, look, patch_map, split_words
+from minimind_v.demo.texts import CHINESE, ENGLISH
 from minimind_v.inference.engine import Engine, encode, question
-
-gr = pytest.importorskip("gradio", reason="the extra demo is not installed")
-
-from gradio_client import Client, handle_file  # noqa: E402
-from gradio_client.exceptions import AppError  # noqa: E402
-
-from minimind_v.demo.app import ERROR_SIGN, LAUNCH, Demo, build, find_models  # noqa: E402
-from minimind_v.demo.attention import draw, look, patch_map, split_words  # noqa: E402
-from minimind_v.demo.texts import CHINESE, ENGLISH  # noqa: E402
 
 APPLE, PIZZA, DOG = (str(REPOSITORY / "examples" / "images" / f"{name}.png") for name in ("apple", "pizza", "dog"))
 EMOJI = CHECKPOINT.name

@@ -630,7 +630,6 @@ def test_command_at_the_top_level():
 
 def test_space_of_a_folder_then_of_a_repository(hub, published, tmp_path, monkeypatch, capsys):
     """The first has a copy of the checkpoint; the second loads it from the Hub, and the copy is deleted."""
-    pytest.importorskip("gradio", reason="the extra demo is not installed")
     with online(hub.url):
         assert publishing.publish_space(CHECKPOINT, "alice/show", output=tmp_path / "space")
     assert "starts, and answers 'Red apple.'" in capsys.readouterr().out
@@ -655,7 +654,6 @@ def test_space_of_a_folder_then_of_a_repository(hub, published, tmp_path, monkey
 
 
 def test_space_that_does_not_answer_is_not_uploaded(hub, tmp_path, capsys):
-    pytest.importorskip("gradio", reason="the extra demo is not installed")
     broken = shutil.copytree(CHECKPOINT, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     save_file({name: tensor * float("nan") for name, tensor in weights.items()}, broken / "model.safetensors")
