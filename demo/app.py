@@ -40,7 +40,7 @@ EXAMPLES = {
     "pizza": "Describe this image.",
     "sunflower": "描述这张图片。",
 }
-ERROR_SIGN = "⚠️"  # before what is no answer
+ERROR = "error"  # marks a message that is no answer
 REFRESH_SECONDS = 0.05  # Pages show no more in between
 WIDTH = 320  # of a column at least, in pixels: on a phone, they stand below each other
 SLIDERS = (  # name, least, most, default, step
@@ -184,8 +184,7 @@ class Demo:
         try:
             yield from self.chat(*arguments)
         except gr.Error as error:
-            # In the title, because what stands below one is folded
-            yield {"role": "assistant", "content": "", "metadata": {"title": f"{ERROR_SIGN} {error.message}"}}, ""
+            yield {"role": "assistant", "content": f"⚠️ {error.message}", "metadata": {"id": ERROR}}, ""
 
     def answered(self, history: list[dict[str, Any]], engine: Engine) -> list[dict[str, Any]]:
         """The chat so far as the model reads it, without thoughts and without questions that got no answer."""
@@ -198,7 +197,7 @@ class Demo:
             if message["role"] == "user":
                 parts = [part for part in content if isinstance(part, dict) and "text" not in part]
                 asked = text, [part.get("file", part)["path"] for part in parts]
-            elif asked and text and not (message.get("metadata") or {}).get("title"):
+            elif asked and text and not is_aside(message.get("metadata") or {}):
                 chat += [self.read(*asked, engine), {"role": "assistant", "content": text}]
                 asked = None
         return chat
@@ -255,6 +254,11 @@ def set_decoding(engine: Engine, *decoding: Any) -> dict[str, Any]:
     engine.set_decoding(*options)
     engine.tokens, engine.seconds = 0, 0.0
     return dict.fromkeys(engine.thinking_switches, thinking)
+
+
+def is_aside(metadata: dict[str, Any]) -> bool:
+    """Whether a message is no answer: a thought, which gradio gives a title, or an error."""
+    return bool(metadata.get("title")) or metadata.get("id") == ERROR
 
 
 def open_image(file: str, max_pixels: int) -> Image.Image:

@@ -12,7 +12,7 @@ from conftest import CHECKPOINT, IDS, KINDS, REPOSITORY, make_model, picture
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from minimind_v.demo.app import ERROR_SIGN, LAUNCH, Demo, build, find_models
+from minimind_v.demo.app import ERROR, LAUNCH, Demo, build, find_models
 from minimind_v.demo.attention import draw, look, patch_map, split_words
 from minimind_v.demo.texts import CHINESE, ENGLISH
 from minimind_v.inference.engine import Engine, encode, question
@@ -92,11 +92,13 @@ def test_chat_goes_on(demo, engine):
     first = last(demo.chat({"text": "What is this?", "files": [APPLE]}, [], EMOJI, *DECODING))
     history = [
         user_turn("Nobody answered this", PIZZA),
+        assistant_turn("An error", metadata={"id": ERROR}),
         user_turn("What is this?", APPLE),
         assistant_turn("A thought", metadata={"title": "Reasoning"}),
         assistant_turn(first),
         {"role": "user", "content": [{"path": DOG}, "No answer either"]},
     ]
+    assert [turn["content"] for turn in demo.answered(history, engine)[1:]] == [first]
     second = last(demo.chat({"text": "What color is it?", "files": []}, history, EMOJI, *DECODING))
     said = {"role": "assistant", "content": first}
     assert second == ask(engine, question([APPLE], "What is this?"), said, question([], "What color is it?"))
@@ -168,9 +170,9 @@ def test_models_are_found_below_the_folder(tmp_path, monkeypatch, other):
 def refusal(client, text, *files):
     """An error of the chat: a message in it, which is no answer to later questions."""
     message, speed = client.predict({"text": text, "files": list(files)}, api_name="/chat")
-    sign, _, title = message["metadata"]["title"].partition(" ")
-    assert sign == ERROR_SIGN and not (message["content"] or speed)
-    return title
+    sign, _, text = message["content"].partition(" ")
+    assert message["metadata"]["id"] == ERROR and sign == "⚠️" and not speed
+    return text
 
 
 def test_broken_picture_is_a_message(client, tmp_path):
