@@ -1,8 +1,8 @@
 """The page that runs a model in the browser: its files, the exported model, and a server for this machine.
 
-The page itself is in `browser/`: `page.js` is what one sees, `worker.js` answers, `service-worker.js` keeps all for use
-without a network. Its scripts, transformers.js and ONNX Runtime, are npm packages in the versions of `scripts.json`,
-whose hashes the browser checks wherever they come from.
+The page itself is in `browser/`: `page.js` is what one sees, `worker.js` answers, `service-worker.js` keeps all for
+use without a network. Its scripts, transformers.js and ONNX Runtime, are npm packages in the versions of
+`scripts.json`, whose hashes the browser checks wherever they come from.
 """
 
 import base64
@@ -151,9 +151,7 @@ def start_server(folder: Path, port: int | None = None) -> ThreadingHTTPServer:
     raise OSError(f"{taken} taken. Name another one with --port.")
 
 
-def serve_page(
-    model: str | Path = EMBEDDED_MODEL, port: int | None = None, scripts: str | Path | None = None
-) -> None:
+def serve_page(model: str | Path = EMBEDDED_MODEL, port: int | None = None, scripts: str | Path | None = None) -> None:
     """Exports a model, and shows the page until it is interrupted.
 
     Args:

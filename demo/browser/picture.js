@@ -31,9 +31,9 @@ export async function readPicture(blob, { size, resample }) {
   const rgb = new Uint8ClampedArray(width * height * 3);
   for (let i = 0, j = 0; i < pixels.length; i += 4) for (let c = 0; c < 3; c++) rgb[j++] = pixels[i + c];
   // As the library: to a size, or the shorter side to a length, after which the middle is cut out
-  const scale = size.shortest_edge / Math.min(width, height);
+  const short = Math.min(width, height);
   const [newWidth, newHeight] = size.shortest_edge
-    ? [width, height].map((side) => Math.max(size.shortest_edge, Math.floor(side * scale)))
+    ? [width, height].map((side) => Math.floor((size.shortest_edge * side) / short))
     : [size.width, size.height];
   const narrow = resizeRows(rgb, width, height, newWidth, resample); // [newWidth, height], transposed
   return { data: resizeRows(narrow, height, newWidth, newHeight, resample), width: newWidth, height: newHeight };
