@@ -1,6 +1,7 @@
 // Keeps what the page has loaded, so that it works without a network.
 const CACHE = "minimind-v";
-const PAGE = ["./", "style.css", "page.js", "worker.js", "picture.js", "settings.json"];
+const EXAMPLES = ["apple", "dog", "pizza", "sunflower"].map((name) => `examples/${name}.png`);
+const PAGE = ["./", "style.css", "page.js", "worker.js", "picture.js", "settings.json", ...EXAMPLES];
 
 addEventListener("install", (event) => {
   skipWaiting();
