@@ -13,20 +13,23 @@ import argparse
 import base64
 import contextlib
 import functools
+import json
+import re
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from minimind_v import EMBEDDED_MODEL, MiniMindVForConditionalGeneration, MiniMindVProcessor
 from minimind_v.common import read_json
-from minimind_v.demo.browser import assemble_page, start_server
+from minimind_v.demo.browser import CDN, Handler, assemble_page, place_scripts, start_server
 from minimind_v.inference.engine import Engine, encode, question
 
 IMAGES = Path(__file__).resolve().parents[1] / "examples" / "images"
@@ -51,12 +54,18 @@ DROPPED = DROP % 'new DragEvent("drop", { dataTransfer: files, bubbles: true, ca
 PASTED = DROP % 'new ClipboardEvent("paste", { clipboardData: files, bubbles: true })'
 
 
+class PlainHandler(Handler):
+    """Without the headers that allow threads."""
+
+    end_headers = SimpleHTTPRequestHandler.end_headers
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("screenshots", type=Path)
     parser.add_argument("scripts", type=Path, metavar="NODE_MODULES")
     parser.add_argument("--chromium", default="/usr/bin/chromium")
-    parser.add_argument("--webgpu", action="store_true", help="with the GPU that Chromium computes on the CPU")
+    parser.add_argument("--webgpu", action="store_true", help="only compare, on a GPU that Chromium imitates")
     arguments = parser.parse_args()
     arguments.screenshots.mkdir(parents=True, exist_ok=True)
     flags = ARGUMENTS.split()
@@ -67,6 +76,11 @@ def main() -> None:
         folder = assemble_page(EMBEDDED_MODEL, Path(temporary, "page"), scripts=arguments.scripts)
         pictures = make_pictures(Path(temporary, "pictures"))
         browser = playwright.chromium.launch(executable_path=arguments.chromium, args=flags)
+        if arguments.webgpu:
+            with visit(browser, folder) as (page, _):
+                expect(page.locator("#status")).to_contain_text("WebGPU")
+                compare(page, "en-US", pictures)
+            return
         for size, scheme, language in (
             ("desktop", "light", "en-US"),
             ("desktop", "dark", "zh-CN"),
@@ -83,6 +97,7 @@ def main() -> None:
             misuse(page)
             go_offline(page, stop_server)
         refuse_changed_script(browser, folder)
+        load_from_cdn(browser, folder, arguments.scripts)
         talkative = make_talkative(Path(temporary, "talkative"))
         folder = assemble_page(talkative, Path(temporary, "talkative-page"), scripts=arguments.scripts)
         with visit(browser, folder) as (page, _):
@@ -104,7 +119,7 @@ def visit(
         context.on("request", lambda request: note_outside(request.url, faults))
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.goto(f"http://127.0.0.1:{server.server_port}")
-        expect(page.locator("#status")).to_contain_text(READY[language], timeout=60_000)
+        wait_until_ready(page, language)
 
         def end() -> None:
             server.shutdown()
@@ -114,6 +129,10 @@ def visit(
         assert not faults, faults
         context.close()
         server.shutdown()
+
+
+def wait_until_ready(page: Page, language: str = "en-US") -> None:
+    expect(page.locator("#status")).to_contain_text(READY[language], timeout=60_000)
 
 
 def note_outside(url: str, faults: list[str]) -> None:
@@ -223,7 +242,7 @@ def compare(page: Page, language: str, pictures: list[Path]) -> None:
             page.locator("#suggestions button").nth(number).click()
             count += 1
             expect(page.locator("#answers li")).to_have_count(count)
-            expect(page.locator("#answers")).not_to_have_attribute("aria-busy", "true", timeout=20_000)
+            expect(page.locator("#answers")).not_to_have_attribute("aria-busy", "true", timeout=120_000)
             said = page.locator(".answer").first.inner_text()
             if said != answer(picture, text):
                 different.append(f"{picture.name}: {said!r} instead of {answer(picture, text)!r}")
@@ -257,7 +276,7 @@ def go_offline(page: Page, stop_server: Callable[[], None]) -> None:
     stop_server()
     started = time.perf_counter()
     page.reload()
-    expect(page.locator("#status")).to_contain_text("Ready", timeout=60_000)
+    wait_until_ready(page)
     ready = time.perf_counter()
     page.locator("#examples button").nth(2).click()
     expect(page.locator("#picture")).to_be_visible()
@@ -284,6 +303,47 @@ def refuse_changed_script(browser: Browser, folder: Path) -> None:
             server.shutdown()
         shutil.rmtree(changed)
     print("a changed byte in a script: not run", flush=True)
+
+
+def load_from_cdn(browser: Browser, folder: Path, scripts: Path) -> None:
+    """As a static Space: scripts of another host, which is played here, and no headers that allow threads."""
+    published = shutil.copytree(folder, folder.with_name("published"))
+    shutil.rmtree(published / "scripts")
+    settings = read_json(published / "settings.json") | {"scripts": place_scripts(published, None)}
+    (published / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    sizes = [path.stat().st_size for path in published.rglob("*") if path.is_file()]
+    loaded = sum(script["size"] for name, script in settings["scripts"].items() if not name.startswith("webgpu"))
+    print(f"page and model {sum(sizes) / 1e6:.2f} MB, scripts {loaded / 1e6:.2f} MB", flush=True)
+
+    def answer_as_cdn(route: Route) -> None:
+        package_file = re.sub(r"(?<=.)@[\d.]+[\w.-]*", "", route.request.url.removeprefix(CDN), count=1)
+        headers = {"Access-Control-Allow-Origin": "*", "Content-Type": "application/octet-stream"}
+        route.fulfill(body=(scripts / package_file).read_bytes(), headers=headers)
+
+    handler = functools.partial(PlainHandler, directory=str(published.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        context = browser.new_context(service_workers="block")  # whose requests cannot be answered here
+        context.route(f"{CDN}**", answer_as_cdn)
+        page = context.new_page()
+        started = time.perf_counter()
+        page.goto(f"http://127.0.0.1:{server.server_port}/published/")
+        wait_until_ready(page)
+        assert not page.evaluate("crossOriginIsolated")
+        ready = time.perf_counter()
+        page.locator("#examples button").first.click()
+        page.locator("#suggestions button").first.click()
+        expect_answer(page, answer(IMAGES / "apple.png", "What is this?"), 1)
+        answered = time.perf_counter()
+        page.locator("#suggestions button").last.click()
+        expect_answer(page, answer(IMAGES / "apple.png", "Describe this image."), 2)
+        print(
+            f"one thread: ready after {ready - started:.1f} s, first answer {answered - ready:.1f} s later, "
+            f"the next takes {time.perf_counter() - answered:.1f} s",
+            flush=True,
+        )
+        context.close()
+        server.shutdown()
 
 
 def stop(page: Page, prefix: str) -> None:

@@ -2,7 +2,7 @@
 
 const WORDS = {
   en: {
-    about: "A small model that looks at a picture and answers, in this browser: no picture leaves your device. It may be wrong and sound sure.",
+    about: "Looks at a picture and answers, in this browser: no picture leaves your device. It may be wrong and sound sure.",
     invitation: "Drop a picture here, paste one, or press to choose one",
     shown: "The picture that you ask about",
     example: { apple: "Example: an apple", dog: "Example: a dog", pizza: "Example: a pizza", sunflower: "Example: a sunflower" },
@@ -15,13 +15,13 @@ const WORDS = {
     suggestions: ["What is this?", "Describe this image."],
     loading: (share, size) => `Loading the model: ${share} % of ${size} MB, once`,
     starting: "Starting the model",
-    ready: (name, device) => `${name}, on ${device}. Ready, also without a network`,
+    ready: (name, device) => `Ready, also offline (${name}, ${device})`,
     broken: (name) => `${name} cannot be read as a picture`,
     noCamera: "The camera cannot be used",
     failed: (message) => `That did not work: ${message}`,
   },
   zh: {
-    about: "一个在浏览器里看图回答的小模型：图片不会离开你的设备。它可能答错，却说得很肯定。",
+    about: "在浏览器里看图回答：图片不会离开你的设备。它可能答错，却说得很肯定。",
     invitation: "把图片拖到这里、粘贴，或点按选择",
     shown: "你要问的图片",
     example: { apple: "示例：苹果", dog: "示例：狗", pizza: "示例：披萨", sunflower: "示例：向日葵" },
@@ -34,7 +34,7 @@ const WORDS = {
     suggestions: ["这是什么？", "描述这张图片。"],
     loading: (share, size) => `正在加载模型：${share} %，共 ${size} MB，只需一次`,
     starting: "正在启动模型",
-    ready: (name, device) => `${name}，运行于 ${device}。已就绪，断网也能用`,
+    ready: (name, device) => `已就绪，断网也能用（${name}，${device}）`,
     broken: (name) => `无法读取图片 ${name}`,
     noCamera: "无法使用摄像头",
     failed: (message) => `出错了：${message}`,
@@ -53,6 +53,7 @@ document.documentElement.lang = language;
 for (const element of document.querySelectorAll("[data-words]")) element.textContent = words[element.dataset.words];
 question.placeholder = question.value = words.suggestions[0];
 picture.alt = words.shown;
+find("file").ariaLabel = words.invitation;
 
 function update() {
   ask.textContent = current ? words.stop : words.ask;
@@ -197,12 +198,10 @@ const on = {
 
 update();
 find("status").textContent = words.loading(0, "…");
-try {
-  await navigator.serviceWorker?.register("service-worker.js");
-  await navigator.serviceWorker?.ready; // so that it sees, and keeps, all that is loaded
-} catch {
-  // Not in a private window, perhaps: the page works, but not without a network
-}
+// Waits for the service worker, so that it sees, and keeps, all that is loaded. Where there is none, as in some private
+// windows, the page works, but not without a network
+const registered = navigator.serviceWorker?.register("service-worker.js").then(() => navigator.serviceWorker.ready);
+await Promise.race([registered, new Promise((resolve) => setTimeout(resolve, 3000))]).catch(() => {});
 const worker = new Worker("worker.js", { type: "module" });
 worker.onmessage = ({ data: { type, ...content } }) => on[type](content);
 worker.onerror = ({ message }) => on.error({ message: message ?? "worker.js" });

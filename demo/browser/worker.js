@@ -18,8 +18,26 @@ async function run(task, content) {
 }
 
 async function load() {
-  const { model: shown, scripts } = await (await fetch("settings.json")).json();
-  const device = (await hasGPU()) ? "webgpu" : "wasm";
+  const settings = await (await fetch("settings.json")).json();
+  if (await hasGPU()) {
+    try {
+      return await loadOn("webgpu", settings);
+    } catch (error) {
+      console.warn("WebGPU is left alone, because this went wrong:", error);
+    }
+  }
+  await loadOn("wasm", settings);
+}
+
+async function hasGPU() {
+  try {
+    return Boolean(await navigator.gpu?.requestAdapter());
+  } catch {
+    return false;
+  }
+}
+
+async function loadOn(device, { model: shown, scripts }) {
   const used = [scripts.transformers, scripts[`${device}_loader`], scripts[`${device}_binary`]];
   const total = used.reduce((sum, { size }) => sum + size, shown.size);
   let received = 0;
@@ -60,17 +78,19 @@ async function load() {
     return forward.call(model, inputs);
   };
   postMessage({ type: "ready", name: shown.name, device });
+  await forget([shown.folder, ...used.map(({ url }) => url)]);
+}
+
+/** Drops models and scripts of earlier versions of this page, which the service worker has kept. */
+async function forget(used) {
+  const cache = await self.caches?.open("minimind-v");
+  for (const request of (await cache?.keys()) ?? []) {
+    const isOld = /@\d|\/model-/.test(request.url) && !used.some((part) => request.url.includes(part));
+    if (isOld) await cache.delete(request);
+  }
 }
 
 const toModule = (code) => URL.createObjectURL(new Blob([code], { type: "text/javascript" }));
-
-async function hasGPU() {
-  try {
-    return Boolean(await navigator.gpu?.requestAdapter());
-  } catch {
-    return false;
-  }
-}
 
 /** Lets messages in between two tokens, of which one may be to stop. */
 function pause() {
