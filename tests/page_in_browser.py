@@ -118,13 +118,16 @@ def visit(
         page, faults = context.new_page(), []
         context.on("request", lambda request: note_outside(request.url, faults))
         page.on("pageerror", lambda error: faults.append(str(error)))
+        started = time.perf_counter()
         page.goto(f"http://127.0.0.1:{server.server_port}")
         wait_until_ready(page, language)
+        ready = time.perf_counter() - started
 
         def end() -> None:
             server.shutdown()
             server.server_close()
 
+        print(f"ready after {ready:.1f} s; ", end="", flush=True)
         yield page, end
         assert not faults, faults
         context.close()
@@ -204,8 +207,10 @@ def look_around(page: Page, language: str, prefix: str) -> None:
     page.screenshot(path=f"{prefix}-start.png", full_page=True)
     choose(page, IMAGES / "rocket.png")
     what, describe = QUESTIONS[language]
+    expected, started = answer(IMAGES / "rocket.png", describe), time.perf_counter()
     page.locator("#suggestions button").nth(1).click()
-    expect_answer(page, answer(IMAGES / "rocket.png", describe), 1)
+    expect_answer(page, expected, 1)
+    print(f"first answer after {time.perf_counter() - started:.2f} s; ", end="", flush=True)
     page.locator("#examples button").nth(1).focus()
     page.keyboard.press("Enter")
     expect(page.locator("#picture")).to_be_visible()
@@ -297,7 +302,9 @@ def refuse_changed_script(browser: Browser, folder: Path) -> None:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             page = browser.new_page()
             page.goto(f"http://127.0.0.1:{server.server_port}")
-            expect(page.locator("#error")).to_contain_text("Failed to fetch", timeout=60_000)
+            expect(page.locator("#error")).to_contain_text(
+                "is not the file that this page was made with", timeout=60_000
+            )
             expect(page.locator("#ask")).to_be_disabled()
             page.context.close()
             server.shutdown()

@@ -1,5 +1,6 @@
 """The page that runs a model in the browser, without one. (page_in_browser.py has one.)"""
 
+import json
 import os
 import re
 import threading
@@ -111,7 +112,9 @@ def test_assembled_page(tmp_path):
 
 def test_text_only_model_is_refused(tmp_path):
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "config.json").write_text('{"model_type": "minimind"}')
+    code = {"AutoConfig": "configuration_minimind_v.MiniMindConfig"}
+    config = json.dumps({"model_type": "minimind", "auto_map": code})
+    (tmp_path / "text" / "config.json").write_text(config)
     with pytest.raises(ValueError, match="'minimind', which sees no pictures"):
         assemble_page(tmp_path / "text", tmp_path / "page")
 

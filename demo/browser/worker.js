@@ -56,9 +56,13 @@ async function loadOn(device, { model: shown, scripts }) {
 
   const [code, loader, binary] = await Promise.all(
     used.map(async ({ url, integrity }) => {
-      const response = await download(url, { integrity });
-      if (!response.ok) throw new Error(`${url}: ${response.status}`);
-      return response.arrayBuffer();
+      try {
+        const response = await download(url, { integrity });
+        if (response.ok) return await response.arrayBuffer();
+      } catch {
+        // The browser does not say which of both it is
+      }
+      throw new Error(`${url} cannot be fetched, or is not the file that this page was made with`);
     }),
   );
   const runtime = JSON.stringify(toModule(loader));
