@@ -219,7 +219,10 @@ def look_around(page: Page, language: str, prefix: str) -> None:
     page.keyboard.press("Enter")
     expect_answer(page, answer(IMAGES / "dog.png", what), 2)
     page.screenshot(path=f"{prefix}-chat.png", full_page=True)
+    window = page.viewport_size
+    page.set_viewport_size({"width": 320, "height": 640})
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "It scrolls sideways"
+    page.set_viewport_size(window)
     nameless = page.evaluate(NAMELESS)
     assert not nameless, nameless
 
