@@ -127,6 +127,10 @@ class Handler(SimpleHTTPRequestHandler):
         self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
         super().end_headers()
 
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        with contextlib.suppress(ConnectionError):  # a visitor who leaves while the page loads
+            super().copyfile(source, outputfile)
+
     def list_directory(self, path: Any) -> None:
         self.send_error(404)
 
