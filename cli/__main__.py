@@ -314,10 +314,14 @@ def add_demo(commands: Commands) -> None:
 Try models on a web page. Chat with pictures, compare two, see where the model looks.
 
 The page has a list of the models given, or else of those in and below the
-current folder, and the embedded one. Only this machine can reach it.""",
+current folder, and the embedded one. Only this machine can reach it.
+
+With --browser, it is a smaller page, of one model that the browser runs
+itself, and that minimind-v upload --space --browser publishes.""",
         examples="""\
   minimind-v demo
-  minimind-v demo my-model jingyaogong/minimind-3v --port 8000""",
+  minimind-v demo my-model jingyaogong/minimind-3v --port 8000
+  minimind-v demo my-model --browser""",
     )
     parser.add_argument(
         "models",
@@ -337,12 +341,30 @@ current folder, and the embedded one. Only this machine can reach it.""",
         "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute (default: auto)"
     )
     parser.add_argument("--allow-urls", action="store_true", help="fetch pictures from the addresses in questions")
+    parser.add_argument("--browser", action="store_true", help="let the browser run the model")
+    parser.add_argument(
+        "--scripts",
+        metavar="FOLDER",
+        help="of --browser: node_modules folder of @huggingface/transformers, whose scripts the page loads "
+        "(default: the page loads them from cdn.jsdelivr.net, once)",
+    )
 
 
-def demo(**options: Any) -> None:
-    from minimind_v.demo import serve
+def demo(browser: bool, scripts: str | None, models: list[str], port: int | None, **options: Any) -> None:
+    if browser:
+        if len(models) > 1:
+            raise argparse.ArgumentError(None, f"--browser shows one model; got {len(models)}: leave out the others")
+        if options != {"share": False, "device": "auto", "allow_urls": False}:
+            raise argparse.ArgumentError(None, "with --browser, the browser does all: leave out the other options")
+        from minimind_v.demo.browser import serve_page
 
-    serve(**options)
+        serve_page(*models, port=port, scripts=scripts)
+    else:
+        if scripts:
+            raise argparse.ArgumentError(None, "--scripts is an option of --browser: add it")
+        from minimind_v.demo.app import serve
+
+        serve(models, port, **options)
 
 
 # --- check, train ----------------------------------------------------------------------------------------------------
@@ -597,12 +619,14 @@ The token is the one of `hf auth login`, or HF_TOKEN.""",
         examples="""\
   minimind-v upload my-model USER/REPO --dry-run
   minimind-v upload my-model USER/REPO
-  minimind-v upload my-model USER/SPACE --space""",
+  minimind-v upload my-model USER/SPACE --space
+  minimind-v upload my-model USER/SPACE --space --browser""",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a checkpoint")
     parser.add_argument(
         "--space", action="store_true", help="publish the web demo of it as a Space (CHECKPOINT may be on the Hub)"
     )
+    parser.add_argument("--browser", action="store_true", help="of --space: the page whose visitors' browsers compute")
     parser.add_argument("repo_id", metavar="USER/REPO", help="repository on the Hub, made where there is none")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to write to, made where there is none")
@@ -614,15 +638,18 @@ The token is the one of `hf auth login`, or HF_TOKEN.""",
     parser.add_argument("--output", metavar="DIR", help="folder to assemble (default: CHECKPOINT-hub)")
 
 
-def upload(checkpoint: str, repo_id: str, space: bool, **options: Any) -> int:
+def upload(checkpoint: str, repo_id: str, space: bool, browser: bool, **options: Any) -> int:
+    if browser and not space:
+        raise argparse.ArgumentError(None, "--browser is an option of --space: add it")
     if space:
         for name in ("revision", "create_pr", "tag"):
             if options.pop(name):
                 raise argparse.ArgumentError(None, f"a Space has one version: leave out --{name.replace('_', '-')}")
-    from minimind_v.publishing import publish, publish_space
+    from minimind_v.publishing import publish, publish_space, publish_static_space
 
+    run = publish_static_space if browser else publish_space if space else publish
     try:
-        return 0 if (publish_space if space else publish)(checkpoint, repo_id, **options) else 1
+        return 0 if run(checkpoint, repo_id, **options) else 1
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on: what has arrived is not sent again.", file=sys.stderr)
         return 1

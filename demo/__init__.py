@@ -1,5 +1,1 @@
-"""A page to try models with one's own pictures: chat, compare, and see where the model looks."""
-
-from .app import serve
-
-__all__ = ["serve"]
+"""Pages to try models with one's own pictures: `app` on gradio, `browser` without a server that computes."""

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, RepoCard
 from packaging.requirements import Requirement
@@ -69,9 +71,7 @@ def assemble_space(model: str | Path, output: str | Path, *, repo_id: str, licen
     is_local = checkpoint.is_dir()
     if is_local:
         check_checkpoint(checkpoint)
-    card = output / "README.md"
-    if output.exists() and any(output.iterdir()) and not (card.is_file() and MARK in card.read_text(encoding="utf-8")):
-        raise FileExistsError(f"{output} exists and was not assembled here. Choose another folder with --output.")
+    check_replaceable(output)
     name = checkpoint.resolve().name if is_local else str(model)
     with clear_disk_errors(output), atomic_output(output, overwrite=True) as folder:
         copy_package(folder / "minimind_v")
@@ -86,8 +86,17 @@ def assemble_space(model: str | Path, output: str | Path, *, repo_id: str, licen
             app if is_local else app.replace("from pathlib import Path\n\n", ""), encoding="utf-8"
         )
         (folder / "requirements.txt").write_text("\n".join(requirements()) + "\n", encoding="utf-8")
-        write_space_card(folder / "README.md", repo_id.split("/")[-1], name, license, [] if is_local else [name])
+        sdk = {"sdk": "gradio", "sdk_version": importlib.metadata.version("gradio"), "app_file": "app.py"}
+        sdk["python_version"] = ".".join(platform.python_version_tuple()[:2])
+        write_space_card(folder, CARD, repo_id, name, sdk | {"license": license}, is_local)
     return output
+
+
+def check_replaceable(output: Path) -> None:
+    """Raises a FileExistsError unless the folder is empty, absent, or an assembled Space."""
+    card = output / "README.md"
+    if output.exists() and any(output.iterdir()) and not (card.is_file() and MARK in card.read_text(encoding="utf-8")):
+        raise FileExistsError(f"{output} exists and was not assembled here. Choose another folder with --output.")
 
 
 def copy_package(target: Path) -> None:
@@ -109,14 +118,24 @@ def requirements() -> list[str]:
     return [f"{name}=={Version(importlib.metadata.version(name)).public}" for name in names]
 
 
-def write_space_card(path: Path, title: str, name: str, license: str, models: list[str]) -> None:
-    """`README.md`, whose metadata tell the Hub how to run the Space."""
-    metadata = {"title": title, "emoji": "👁️", "colorFrom": "blue", "colorTo": "gray", "sdk": "gradio"}
-    metadata |= {"sdk_version": importlib.metadata.version("gradio"), "app_file": "app.py", "license": license}
-    metadata["python_version"] = ".".join(platform.python_version_tuple()[:2])
-    metadata |= {"models": models} if models else {}
+def write_space_card(
+    folder: Path, text: str, repo_id: str, name: str, metadata: dict[str, Any], is_local: bool
+) -> None:
+    """`README.md`, whose metadata tell the Hub how to run the Space.
+
+    Args:
+        folder: Where to write it.
+        text: Template with the places `title`, `mark` and `name`.
+        repo_id: `USER/SPACE`.
+        name: Of the model.
+        metadata: Besides title and looks.
+        is_local: Whether the model is no repository of the Hub, to which the card could point.
+    """
+    title = repo_id.split("/")[-1]
+    metadata = {"title": title, "emoji": "👁️", "colorFrom": "blue", "colorTo": "gray"} | metadata
+    metadata |= {} if is_local else {"models": [name]}
     header = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in metadata.items())
-    RepoCard(f"---\n{header}\n---\n{CARD.format(title=title, mark=MARK, name=name)}").save(path)
+    RepoCard(f"---\n{header}\n---\n{text.format(title=title, mark=MARK, name=name)}").save(folder / "README.md")
 
 
 def verify_space(folder: str | Path) -> Report:
@@ -158,7 +177,13 @@ def verify_space(folder: str | Path) -> Report:
 
 
 def upload_space(
-    folder: str | Path, repo_id: str, *, report: Report, private: bool = False, message: str | None = None
+    folder: str | Path,
+    repo_id: str,
+    *,
+    report: Report,
+    private: bool = False,
+    message: str | None = None,
+    sdk: str = "gradio",
 ) -> str:
     """Sends a verified Space in one commit, and reads it back. The Space is made where there is none.
 
@@ -168,6 +193,7 @@ def upload_space(
         report: What [`verify_space`] found.
         private: Make the Space private.
         message: First line of the commit.
+        sdk: How the Hub runs it: `"gradio"` or `"static"`.
 
     Returns:
         The address of the commit.
@@ -181,7 +207,7 @@ def upload_space(
     folder = Path(folder)
     with clear_hub_errors(repo_id):
         api = HfApi(library_name="minimind-v")
-        api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
+        api.create_repo(repo_id, repo_type="space", space_sdk=sdk, private=private or None, exist_ok=True)
         if private and not api.space_info(repo_id).private:
             raise ValueError(
                 f"The Space {repo_id} is public already. Make it private there first, or leave out --private."
@@ -191,7 +217,7 @@ def upload_space(
             repo_type="space",
             folder_path=folder,
             allow_patterns=list(report.files),
-            delete_patterns=["minimind_v/*", "model/*"],  # what an earlier version left there
+            delete_patterns=["minimind_v/*", "model/*", "model-*/*"],  # what an earlier version left there
             commit_message=message or "Upload the web demo of MiniMind-V",
         )
         different, _ = compare(api, repo_id, commit.oid, folder, report.files, repo_type="space")
@@ -209,6 +235,9 @@ def publish_space(
     license: str | None = None,
     dry_run: bool = False,
     output: str | Path | None = None,
+    sdk: str = "gradio",
+    assemble: Callable[..., Path] = assemble_space,
+    verify: Callable[[Path], Report] = verify_space,
 ) -> bool:
     """Assembles a Space, verifies it, and uploads it if it passed, as [`publish`] does a model.
 
@@ -219,6 +248,8 @@ def publish_space(
         license: Of the Space; left out, `"apache-2.0"`.
         dry_run: Do all but the network, and print what would be sent.
         output: Folder to assemble; left out, the model's name with `-space` at its end.
+        sdk: As for [`upload_space`].
+        assemble, verify: The first two steps of another kind of Space.
 
     Returns:
         Whether the folder passed; if not, nothing was sent.
@@ -229,9 +260,9 @@ def publish_space(
     where = Path(model).expanduser()
     output = Path(output or f"{os.path.abspath(where) if where.is_dir() else where.name}-space").expanduser()
     print(f"Assembling {output}", file=sys.stderr)
-    assemble_space(model, output, repo_id=repo_id, license=license or "apache-2.0")
-    print("Starting it in a fresh process", file=sys.stderr)
-    report = verify_space(output)
+    assemble(model, output, repo_id=repo_id, license=license or "apache-2.0")
+    print("Asking it", file=sys.stderr)
+    report = verify(output)
     print(report)
     if not report.ok:
         print("error: Nothing was uploaded, because the Space does not pass.", file=sys.stderr)
@@ -240,6 +271,6 @@ def publish_space(
         print_plan(report, output, f"the Space {repo_id}")
         return True
     print(f"Uploading to the Space {repo_id}", file=sys.stderr)
-    url = upload_space(output, repo_id, report=report, private=private, message=message)
+    url = upload_space(output, repo_id, report=report, private=private, message=message, sdk=sdk)
     print(f"Read back and equal: {url}")
     return True

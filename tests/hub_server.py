@@ -180,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
         if repo_id in self.server.repositories:
             return self.answer({"error": "You already created this repo", "url": url}, 409)
         private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
-        if kind == "space" and wanted.get("sdk") != "gradio":
+        if kind == "space" and wanted.get("sdk") not in ("gradio", "static"):
             raise Refused(400, "", "A Space needs an sdk")
         self.server.add(repo_id, private=private, kind=kind)
         self.answer({"url": url})

@@ -14,8 +14,9 @@ LAYERS = [
     ["__init__"],
     ["conversion"],
     ["export"],
-    ["inference", "publishing", "training"],
+    ["inference", "training"],
     ["demo"],
+    ["publishing"],
     ["cli"],
     ["hub_upload"],
 ]

@@ -31,6 +31,7 @@ from minimind_v import (
 from minimind_v.conversion import convert_checkpoint
 from minimind_v.publishing import checks
 from minimind_v.publishing.space import upload_space
+from minimind_v.publishing.static_space import verify_static_space
 from minimind_v.publishing.verify import list_files
 
 REPO = "alice/emoji"
@@ -667,3 +668,32 @@ def test_space_replaces_no_folder_of_the_user(tmp_path):
     with pytest.raises(FileExistsError, match="was not assembled here"):
         publishing.publish_space(CHECKPOINT, "alice/show", dry_run=True, output=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_static_space(hub, tmp_path, capsys):
+    """A page whose scripts come from elsewhere, by hash; an earlier model is deleted."""
+    for name in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(name, reason="the extra export is not installed")
+    with online(hub.url):
+        assert publishing.publish_static_space(CHECKPOINT, "alice/page", output=tmp_path / "page")
+    assert "answers 'Red apple.'" in capsys.readouterr().out
+    files = held(hub, "alice/page")
+    assert files.keys() == list_files(tmp_path / "page").keys()
+    settings = json.loads(files["settings.json"])
+    assert f"{settings['model']['folder']}/onnx/decoder_model_merged_q4.onnx" in files
+    assert {script["url"][:30] for script in settings["scripts"].values()} == {
+        "https://cdn.jsdelivr.net/npm/@",
+        "https://cdn.jsdelivr.net/npm/o",
+    }
+    card = ModelCard(files["README.md"].decode()).data.to_dict()
+    assert (card["sdk"], card["title"], card["license"]) == ("static", "page", "apache-2.0")
+
+    graph = tmp_path / "page" / settings["model"]["folder"] / "onnx" / "vision_encoder_q4.onnx"
+    graph.write_bytes(b"broken")
+    report = verify_static_space(tmp_path / "page")
+    assert not report.ok and "does not answer" in str(report)
+    (tmp_path / "page" / settings["model"]["folder"]).rename(tmp_path / "page" / "model-0123456789ab")
+    report = publishing.Report("", list_files(tmp_path / "page"), [checks.Check("model", True, "")])
+    with online(hub.url):
+        upload_space(tmp_path / "page", "alice/page", report=report, sdk="static")
+    assert not [name for name in held(hub, "alice/page") if name.startswith(settings["model"]["folder"])]
