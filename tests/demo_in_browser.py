@@ -3,32 +3,26 @@
     python tests/demo_in_browser.py SCREENSHOTS [--chromium /usr/bin/chromium]
 
 Needs the extra demo, `pip install playwright` and a Chromium. What is checked: answers equal the greedy ones of the
-command line, in both languages; retry, clear, stop, a second model, two pictures, a broken file, compare, look; no
-request leaves this machine, and the browser reports no error.
+command line, in both languages; retry, undo, clear, stop, a second model, two pictures, pictures that are pasted,
+dragged, taken and given as examples, a broken file, compare, look; no request leaves this machine, and the browser
+reports no error.
 """
 
 import argparse
 import contextlib
-import functools
 import tempfile
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from browsing import FLAGS, IMAGES, WINDOWS, answer, collect_faults, give, make_talkative
 from playwright.sync_api import Page, expect, sync_playwright
 
-from minimind_v import EMBEDDED_MODEL, MiniMindVForConditionalGeneration, MiniMindVProcessor
+from minimind_v import EMBEDDED_MODEL
 from minimind_v.demo.app import LAUNCH, Demo, build
 from minimind_v.demo.texts import CHINESE, ENGLISH
-from minimind_v.inference.engine import Engine, encode, question
 
-IMAGES = Path(__file__).resolve().parents[1] / "examples" / "images"
 ROCKET, CROWN, APPLE, PIZZA, DOG = (
     str(IMAGES / f"{name}.png") for name in ("rocket", "crown", "apple", "pizza", "dog")
 )
-ARGUMENTS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-ARGUMENTS += " --disable-component-update --disable-sync"
-WINDOWS = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
-LONG_TOKENS = 900
 
 
 def main() -> None:
@@ -41,7 +35,7 @@ def main() -> None:
         models = {EMBEDDED_MODEL.name: EMBEDDED_MODEL, "talkative": make_talkative(Path(folder, "talkative"))}
         app = build(Demo(models, device="cpu"))
         _, url, _ = app.launch(server_name="127.0.0.1", quiet=True, prevent_thread_lock=True, **LAUNCH)
-        browser = playwright.chromium.launch(executable_path=arguments.chromium, args=ARGUMENTS.split())
+        browser = playwright.chromium.launch(executable_path=arguments.chromium, args=FLAGS)
         for number, (size, scheme, words) in enumerate(
             [("desktop", "light", ENGLISH), ("desktop", "dark", CHINESE), ("phone", "dark", ENGLISH)]
         ):
@@ -49,44 +43,18 @@ def main() -> None:
             context = browser.new_context(
                 locale=language, color_scheme=scheme, viewport=WINDOWS[size], reduced_motion="reduce"
             )
-            page, faults = context.new_page(), []
-            page.on("request", lambda request, faults=faults: note_outside(request.url, faults))
-            page.on("pageerror", lambda error, faults=faults: faults.append(str(error)))
+            page, faults = context.new_page(), collect_faults(context)
             page.goto(url)
             prefix = str(arguments.screenshots / f"{size}-{scheme}")
             visit(page, words, prefix)
             if number == 0:
+                add_in_other_ways(page)
                 misuse(page, words, Path(folder), prefix)
             assert not faults, faults
             print(f"{size}, {scheme}, {language}: as expected", flush=True)
             context.close()
         browser.close()
         app.close(verbose=False)
-
-
-def make_talkative(folder: Path) -> Path:
-    """The embedded model without a word for the end, so that there is time to stop it."""
-    model = MiniMindVForConditionalGeneration.from_pretrained(EMBEDDED_MODEL)
-    model.generation_config.update(eos_token_id=None, suppress_tokens=[2, 3], max_new_tokens=LONG_TOKENS)
-    model.save_pretrained(folder)
-    MiniMindVProcessor.from_pretrained(EMBEDDED_MODEL).save_pretrained(folder)
-    return folder
-
-
-def note_outside(url: str, faults: list[str]) -> None:
-    if urlsplit(url).scheme in ("http", "https", "ws") and urlsplit(url).hostname != "127.0.0.1":
-        faults.append(f"requested {url}")
-
-
-@functools.cache
-def load_engine() -> Engine:
-    return Engine(greedy=True, device="cpu")
-
-
-def answer(images: list[str], text: str) -> str:
-    """The command line's greedy answer."""
-    engine = load_engine()
-    return engine.answer(encode(engine.processor, [[question(images, text)]]))[0]
 
 
 def ask(page: Page, text: str, *files: str) -> None:
@@ -146,6 +114,39 @@ def visit(page: Page, words: dict[str, str], prefix: str) -> None:
     expect(page.locator(".image-frame img").last).not_to_have_attribute("src", before)
     page.screenshot(path=f"{prefix}-look.png", full_page=True)
     page.get_by_role("tab", name=words["chat"]).click()
+
+
+def add_in_other_ways(page: Page) -> None:
+    """Pictures that are pasted, dragged and taken with the camera, an example, and a question taken back."""
+    reload(page)
+    box, thumbnails = page.get_by_test_id("textbox").first, page.locator(".thumbnail-image")
+    for count, event in enumerate(("paste", "drop"), 1):
+        give(box, event, "picture.png", Path(ROCKET).read_bytes())
+        expect(thumbnails).to_have_count(count)
+    ask(page, "What is this?")
+    expect_answer(page, answer([ROCKET, ROCKET], "What is this?"))
+    page.get_by_role("button", name="Undo").click()
+    expect(page.get_by_test_id("bot")).to_have_count(0)
+    expect(box).to_have_value("What is this?")
+    reload(page)
+
+    page.get_by_text(ENGLISH["camera"]).click()
+    page.get_by_role("button", name="Click to Access Webcam").click()
+    page.get_by_role("button", name="capture photo").click()
+    expect(thumbnails).to_have_count(1, timeout=20_000)
+    ask(page, "What is this?")
+    expect(page.get_by_test_id("bot").last).not_to_be_empty(timeout=20_000)
+    page.get_by_text(ENGLISH["camera"]).click()
+    clear(page)
+
+    page.get_by_role("button", name="Select example 1").click()
+    expect_answer(page, answer([APPLE], "What is this?"))
+    clear(page)
+
+
+def reload(page: Page) -> None:
+    page.reload()
+    expect(page.get_by_text("4.00M parameters")).to_be_visible(timeout=30_000)
 
 
 def misuse(page: Page, words: dict[str, str], folder: Path, prefix: str) -> None:

@@ -10,7 +10,6 @@ machine, and the browser reports no error.
 """
 
 import argparse
-import base64
 import contextlib
 import functools
 import json
@@ -22,36 +21,20 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from browsing import FLAGS, IMAGES, WINDOWS, answer, collect_faults, give, make_talkative
 from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
-from minimind_v import EMBEDDED_MODEL, MiniMindVForConditionalGeneration, MiniMindVProcessor
+from minimind_v import EMBEDDED_MODEL
 from minimind_v.common import read_json
 from minimind_v.demo.browser import CDN, Handler, assemble_page, place_scripts, start_server
-from minimind_v.inference.engine import Engine, encode, question
 
-IMAGES = Path(__file__).resolve().parents[1] / "examples" / "images"
-ARGUMENTS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-ARGUMENTS += " --disable-component-update --disable-sync"
-ARGUMENTS += " --use-fake-device-for-media-stream --use-fake-ui-for-media-stream"
-WINDOWS = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 QUESTIONS = {"en-US": ("What is this?", "Describe this image."), "zh-CN": ("这是什么？", "描述这张图片。")}
 READY = {"en-US": "Ready", "zh-CN": "已就绪"}
-LONG_TOKENS = 900
 NAMELESS = """() => [...document.querySelectorAll("img, button")]
   .filter((element) => !element.hasAttribute("alt") && !element.textContent && !element.querySelector("[alt]"))
   .map((element) => element.outerHTML)"""
-DROP = """([name, type, content]) => {
-  const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
-  const files = new DataTransfer();
-  files.items.add(new File([bytes], name, { type }));
-  const event = %s;
-  document.body.dispatchEvent(event);
-}"""
-DROPPED = DROP % 'new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true })'
-PASTED = DROP % 'new ClipboardEvent("paste", { clipboardData: files, bubbles: true })'
 
 
 class PlainHandler(Handler):
@@ -68,7 +51,7 @@ def main() -> None:
     parser.add_argument("--webgpu", action="store_true", help="only compare, on a GPU that Chromium imitates")
     arguments = parser.parse_args()
     arguments.screenshots.mkdir(parents=True, exist_ok=True)
-    flags = ARGUMENTS.split()
+    flags = list(FLAGS)
     if arguments.webgpu:
         flags.remove("--disable-gpu")
         flags += ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"]
@@ -115,9 +98,7 @@ def visit(
         context = browser.new_context(
             locale=language, color_scheme=scheme, viewport=WINDOWS[size], reduced_motion="reduce"
         )
-        page, faults = context.new_page(), []
-        context.on("request", lambda request: note_outside(request.url, faults))
-        page.on("pageerror", lambda error: faults.append(str(error)))
+        page, faults = context.new_page(), collect_faults(context)
         started = time.perf_counter()
         page.goto(f"http://127.0.0.1:{server.server_port}")
         wait_until_ready(page, language)
@@ -138,23 +119,6 @@ def wait_until_ready(page: Page, language: str = "en-US") -> None:
     expect(page.locator("#status")).to_contain_text(READY[language], timeout=60_000)
 
 
-def note_outside(url: str, faults: list[str]) -> None:
-    if urlsplit(url).scheme in ("http", "https", "ws") and urlsplit(url).hostname != "127.0.0.1":
-        faults.append(f"requested {url}")
-
-
-@functools.cache
-def load_engine() -> Engine:
-    return Engine(greedy=True, device="cpu")
-
-
-@functools.cache
-def answer(image: Path, text: str) -> str:
-    """The command line's greedy answer."""
-    engine = load_engine()
-    return engine.answer(encode(engine.processor, [[question([str(image)], text)]]))[0]
-
-
 def make_pictures(folder: Path) -> list[Path]:
     """The examples, and pictures as people have them: large, tall, transparent, turned by EXIF."""
     folder.mkdir()
@@ -173,15 +137,6 @@ def make_pictures(folder: Path) -> list[Path]:
     return [*sorted(IMAGES.glob("*.png")), *sorted(folder.iterdir())]
 
 
-def make_talkative(folder: Path) -> Path:
-    """The embedded model without a word for the end, so that there is time to stop it."""
-    model = MiniMindVForConditionalGeneration.from_pretrained(EMBEDDED_MODEL)
-    model.generation_config.update(eos_token_id=None, suppress_tokens=[2, 3], max_new_tokens=LONG_TOKENS)
-    model.save_pretrained(folder)
-    MiniMindVProcessor.from_pretrained(EMBEDDED_MODEL).save_pretrained(folder)
-    return folder
-
-
 def choose(page: Page, file: Path) -> None:
     before = page.locator("#picture").get_attribute("src")
     page.locator("#file").set_input_files(file)
@@ -189,11 +144,6 @@ def choose(page: Page, file: Path) -> None:
         expect(page.locator("#picture")).to_be_visible()
     else:
         expect(page.locator("#picture")).not_to_have_attribute("src", before)
-
-
-def give(page: Page, script: str, name: str, content: str, kind: str = "image/png") -> None:
-    """Drops or pastes a file; `content` in base64."""
-    page.evaluate(script, [name, kind, content])
 
 
 def expect_answer(page: Page, text: str, count: int) -> None:
@@ -207,7 +157,7 @@ def look_around(page: Page, language: str, prefix: str) -> None:
     page.screenshot(path=f"{prefix}-start.png", full_page=True)
     choose(page, IMAGES / "rocket.png")
     what, describe = QUESTIONS[language]
-    expected, started = answer(IMAGES / "rocket.png", describe), time.perf_counter()
+    expected, started = answer([IMAGES / "rocket.png"], describe), time.perf_counter()
     page.locator("#suggestions button").nth(1).click()
     expect_answer(page, expected, 1)
     print(f"first answer after {time.perf_counter() - started:.2f} s; ", end="", flush=True)
@@ -217,7 +167,7 @@ def look_around(page: Page, language: str, prefix: str) -> None:
     page.wait_for_timeout(300)  # decoding
     page.locator("#question").fill(what)
     page.keyboard.press("Enter")
-    expect_answer(page, answer(IMAGES / "dog.png", what), 2)
+    expect_answer(page, answer([IMAGES / "dog.png"], what), 2)
     page.screenshot(path=f"{prefix}-chat.png", full_page=True)
     window = page.viewport_size
     page.set_viewport_size({"width": 320, "height": 640})
@@ -228,7 +178,6 @@ def look_around(page: Page, language: str, prefix: str) -> None:
 
     page.locator("#camera").click()
     expect(page.locator("#shutter")).to_be_visible()
-    page.wait_for_function("document.getElementById('video').videoWidth > 0")
     page.wait_for_timeout(500)
     page.screenshot(path=f"{prefix}-camera.png")
     before = page.locator("#picture").get_attribute("src")
@@ -252,8 +201,8 @@ def compare(page: Page, language: str, pictures: list[Path]) -> None:
             expect(page.locator("#answers li")).to_have_count(count)
             expect(page.locator("#answers")).not_to_have_attribute("aria-busy", "true", timeout=120_000)
             said = page.locator(".answer").first.inner_text()
-            if said != answer(picture, text):
-                different.append(f"{picture.name}: {said!r} instead of {answer(picture, text)!r}")
+            if said != answer([picture], text):
+                different.append(f"{picture.name}: {said!r} instead of {answer([picture], text)!r}")
     print(f"{language}: {count - len(different)} of {count} answers are those of the command line", flush=True)
     assert not different, different
 
@@ -261,21 +210,21 @@ def compare(page: Page, language: str, pictures: list[Path]) -> None:
 def misuse(page: Page) -> None:
     """A broken file keeps the picture that was there; a control token is refused."""
     error, apple = page.locator("#error"), IMAGES / "apple.png"
-    broken = base64.b64encode(b"\x89PNG\r\n\x1a\nno picture").decode()
-    give(page, DROPPED, "broken.png", broken)
+    broken, body = b"\x89PNG\r\n\x1a\nno picture", page.locator("body")
+    give(body, "drop", "broken.png", broken)
     expect(error).to_have_text("broken.png cannot be read as a picture")
     expect(page.locator("#ask")).to_be_disabled()
-    give(page, DROPPED, "apple.png", base64.b64encode(apple.read_bytes()).decode())
+    give(body, "drop", "apple.png", apple.read_bytes())
     expect(page.locator("#picture")).to_be_visible()
     expect(error).to_be_hidden()
     page.locator("#question").fill("<|im_end|>")
     page.locator("#ask").click()
     expect(error).to_contain_text("control token '<|im_end|>'")
-    give(page, PASTED, "broken.png", broken)
+    give(body, "paste", "broken.png", broken)
     expect(error).to_have_text("broken.png cannot be read as a picture")
     page.locator("#question").fill("What is this?")
     page.locator("#ask").click()
-    expect_answer(page, answer(apple, "What is this?"), 1)
+    expect_answer(page, answer([apple], "What is this?"), 1)
     expect(error).to_be_hidden()
 
 
@@ -289,7 +238,7 @@ def go_offline(page: Page, stop_server: Callable[[], None]) -> None:
     page.locator("#examples button").nth(2).click()
     expect(page.locator("#picture")).to_be_visible()
     page.locator("#suggestions button").first.click()
-    expect_answer(page, answer(IMAGES / "pizza.png", "What is this?"), 1)
+    expect_answer(page, answer([IMAGES / "pizza.png"], "What is this?"), 1)
     print(f"without a server: ready after {ready - started:.1f} s, answers", flush=True)
 
 
@@ -343,10 +292,10 @@ def load_from_cdn(browser: Browser, folder: Path, scripts: Path) -> None:
         ready = time.perf_counter()
         page.locator("#examples button").first.click()
         page.locator("#suggestions button").first.click()
-        expect_answer(page, answer(IMAGES / "apple.png", "What is this?"), 1)
+        expect_answer(page, answer([IMAGES / "apple.png"], "What is this?"), 1)
         answered = time.perf_counter()
         page.locator("#suggestions button").last.click()
-        expect_answer(page, answer(IMAGES / "apple.png", "Describe this image."), 2)
+        expect_answer(page, answer([IMAGES / "apple.png"], "Describe this image."), 2)
         print(
             f"one thread: ready after {ready - started:.1f} s, first answer {answered - ready:.1f} s later, "
             f"the next takes {time.perf_counter() - answered:.1f} s",

@@ -120,6 +120,7 @@ find("camera").hidden = !navigator.mediaDevices;
 find("camera").onclick = async () => {
   try {
     video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+    await video.play(); // before the first frame there is nothing to take
     find("shutter").showModal();
   } catch {
     showError(words.noCamera);
