@@ -370,7 +370,7 @@ def build(demo: Demo) -> gr.Blocks:
                     words = gr.Radio([], label=translate("words"))
             seen = gr.HighlightedText(
                 label=translate("seen"),
-                color_map={"image": "orange", "control": "gray", "text": "blue"},
+                color_map={"image": "orange", "control": "purple", "text": "blue"},
                 show_inline_category=False,
             )
             gr.on(
