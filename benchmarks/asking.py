@@ -78,6 +78,12 @@ def run(*command: str | Path, cwd: Path | None = None) -> None:
         raise RuntimeError(f"{command[0]} failed: {(result.stdout + result.stderr)[-1500:]}")
 
 
+def prepare(name: str, environments: Path) -> dict[str, Any]:
+    """What [`ask`] takes besides model and questions; the runtime's environment is made if it is not there."""
+    runtime, folder = RUNTIMES[name], environments / name.replace(" ", "-")
+    return {"program": make_environment(runtime, folder), "script": runtime.script, "cwd": folder}
+
+
 def make_environment(runtime: Runtime, folder: Path) -> str | Path:
     """The program that runs the script of a runtime; the environment is made if it is not there."""
     is_node = runtime.script.endswith(".mjs")
@@ -111,13 +117,13 @@ def requirements(program: Path, package: str, unwanted: tuple[str, ...]) -> list
 
 
 def ask(
-    program: str | Path, script: str, model: Path, questions: list[dict], *variant: str, cwd: Path | None = None
+    program: str | Path, script: str, model: Path, questions: list[dict], cwd: Path | None = None, variant: str = ""
 ) -> dict[str, Any]:
     """What a script answers; that of Node finds its library in the folder where it runs."""
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "questions.json"), Path(folder, "answers.json")
         asked.write_text(json.dumps(questions), encoding="utf-8")
-        run(program, ENGINES / script, model.resolve(), asked, answered, *variant, cwd=cwd)
+        run(program, ENGINES / script, model.resolve(), asked, answered, *filter(None, [variant]), cwd=cwd)
         return json.loads(answered.read_text(encoding="utf-8"))
 
 

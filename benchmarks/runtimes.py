@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from asking import RUNTIMES, ask, make_environment
+from asking import RUNTIMES, ask, prepare
 from real_sizes import SIZES, save_checkpoint
 from tqdm import tqdm
 
@@ -36,29 +36,23 @@ def make_candidates(
 ) -> dict[str, dict[str, Any]]:
     """What `ask` takes, for each runtime and precision."""
     checkpoint = save_checkpoint(size, folder / size)
-    options: dict[str, Any] = {"program": sys.executable, "script": "ask_transformers.py", "model": checkpoint}
-    candidates = {f"transformers {variant}": options | {"variant": variant} for variant in variants}
+    engine: dict[str, Any] = {"program": sys.executable, "script": "ask_transformers.py", "model": checkpoint}
+    candidates = {f"transformers {variant}": engine | {"variant": variant} for variant in variants}
     for name in tqdm(names, desc="exports", leave=False):
-        runtime, environment = RUNTIMES[name], environments / name.replace(" ", "-")
-        program = make_environment(runtime, environment)
+        runtime, engine = RUNTIMES[name], prepare(name, environments)
         for precision in runtime.precisions:
             source = checkpoint
             if runtime.function is not None:
                 source = folder / f"{name}-{precision}".replace(" ", "-")
                 getattr(exports, runtime.function)(checkpoint, source, precision=precision, check=False)
-            options = {"program": program, "script": runtime.script, "model": source, "cwd": environment}
-            candidates[f"{name} {precision}"] = options
+            candidates[f"{name} {precision}"] = engine | {"model": source}
     return candidates
 
 
-def measure(options: dict[str, Any], rows: int, tokens: int) -> dict[str, float]:
+def measure(candidate: dict[str, Any], rows: int, tokens: int) -> dict[str, float]:
     """Tokens per second after the first token, seconds to it, and peak memory; of two questions the faster one."""
-    options = dict(options)
-    variant = [options.pop("variant")] if "variant" in options else []
     question = {"text": "What is this?", "images": [str(IMAGE)], "max_new_tokens": tokens, "rows": rows}
-    questions = [question | {"id": str(number)} for number in range(3)]
-    positional = [options.pop(name) for name in ("program", "script", "model")]
-    result = ask(*positional, questions, *variant, **options)
+    result = ask(questions=[question | {"id": str(number)} for number in range(3)], **candidate)
     answers = result["answers"][1:]  # the first warms up
     speed = max((a["tokens"] - rows) / (a["seconds"] - a["first_token_seconds"]) for a in answers)
     first = min(answer["first_token_seconds"] for answer in answers)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Commands = argparse._SubParsersAction
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 class Format(NamedTuple):
@@ -157,7 +158,7 @@ def answer_options() -> Parser:
     )
     add("--seed", type=int, metavar="N", help="makes --sample repeatable")
     add("--thinking", action=argparse.BooleanOptionalAction, help="for models that can think before they answer")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    add("--device", choices=DEVICES, help="where to compute")
     add(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16", "int8"],
@@ -337,9 +338,7 @@ itself, and that minimind-v upload --space --browser publishes.""",
         help="where to listen (default: first free from 7860)",
     )
     parser.add_argument("--share", action="store_true", help="let everybody reach it, through gradio's servers")
-    parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute (default: auto)"
-    )
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (default: auto)")
     parser.add_argument("--allow-urls", action="store_true", help="fetch pictures from the addresses in questions")
     parser.add_argument("--browser", action="store_true", help="let the browser run the model")
     parser.add_argument(

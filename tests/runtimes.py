@@ -31,7 +31,7 @@ from minimind_v.conversion.tokenizers import IMAGE_TOKEN_IDS
 TESTS = Path(__file__).resolve().parent
 README = TESTS.parent / "README.md"
 sys.path.insert(0, str(TESTS.parent / "benchmarks"))
-from asking import RUNTIMES, ask, make_environment, speed  # noqa: E402 - a folder of scripts
+from asking import RUNTIMES, ask, prepare, speed  # noqa: E402 - a folder of scripts
 from real_sizes import answer_in_words, save_checkpoint  # noqa: E402
 
 SPEED = "minimind3-65m"  # the size whose speed is measured
@@ -133,8 +133,7 @@ def ask_all(names: list[str], environments: Path, folder: Path) -> dict[str, str
     }
     rows = {}
     for name in names:
-        runtime, environment = RUNTIMES[name], environments / name.replace(" ", "-")
-        program = make_environment(runtime, environment)
+        runtime, engine = RUNTIMES[name], prepare(name, environments)
         for precision in runtime.precisions:
             is_exact, cells, version, ratio = precision == runtime.precisions[0], {}, f"{name} ?", 0.0
             for checkpoint in checkpoints if is_exact else ["embedded", SPEED]:
@@ -147,7 +146,7 @@ def ask_all(names: list[str], environments: Path, folder: Path) -> dict[str, str
                         function(checkpoints[checkpoint], source, precision=precision, check=False)
                         if not has_tower(source):
                             asked = [question for question in asked if not question["images"]]
-                    result = ask(program, runtime.script, source, asked, cwd=environment)
+                    result = ask(model=source, questions=asked, **engine)
                 except (ValueError, RuntimeError) as error:
                     print(f"  {title}: {error}", flush=True)
                     cells[checkpoint] = "no"

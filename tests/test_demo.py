@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import weakref
 
@@ -143,6 +144,17 @@ def test_switching_releases_the_other_model(other):
     before = weakref.ref(demo.engine.model)
     demo.describe("other")
     assert before() is None and demo.name == "other"
+
+
+def test_thinking_is_a_switch_where_the_model_has_it(tmp_path):
+    """The thought goes into the tags that the page folds; without one, the answer stands alone."""
+    checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "thinking")
+    shutil.copyfile(REPOSITORY / "conversion" / "templates" / "minimind3.jinja", checkpoint / "chat_template.jinja")
+    demo = Demo({"thinking": checkpoint}, device="cpu")
+    assert demo.describe("thinking")[1].visible is True
+    message, decoding = {"text": "What is this?", "files": [APPLE]}, DECODING[:-1]
+    assert last(demo.chat(message, [], "thinking", *decoding, True)).startswith("<think>\n")
+    assert "<think>" not in last(demo.chat(message, [], "thinking", *decoding, False))
 
 
 def test_broken_model_leaves_the_others_usable(tmp_path):
