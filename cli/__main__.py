@@ -1,4 +1,4 @@
-"""Command line: minimind-v {caption,chat,compare,demo,check,train,convert,export,upload} ...
+"""Command line: minimind-v {caption,chat,compare,demo,check,train,evaluate,convert,export,upload} ...
 
 Only the reading of the command line is here, without torch and transformers, so that `--help` and mistakes are
 answered at once; each command imports what it runs. For the same reason this folder is a package of its own,
@@ -134,19 +134,23 @@ def add_command(
     return parser
 
 
-def answer_options() -> Parser:
-    """The options of `caption`, `chat` and `compare`: the arguments of [`minimind_v.inference.engine.Engine`].
+def answer_options(has_model: bool = True) -> Parser:
+    """The options of all commands that ask a model: the arguments of [`minimind_v.inference.engine.Engine`].
 
     What is not given is left out, because the defaults stand there.
+
+    Args:
+        has_model: Whether the model is one of them.
     """
     parser = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     add = parser.add_argument_group("how to answer").add_argument
-    add(
-        "--model",
-        type=answering_model,
-        metavar="FOLDER_OR_REPO",
-        help="checkpoint, also one of the original, such as jingyaogong/minimind-3v (default: the embedded model)",
-    )
+    if has_model:
+        add(
+            "--model",
+            type=answering_model,
+            metavar="FOLDER_OR_REPO",
+            help="checkpoint, also one of the original, such as jingyaogong/minimind-3v (default: the embedded model)",
+        )
     add("--greedy", action="store_true", help="always the likeliest token")
     add("--sample", action="store_false", dest="greedy", help="drawn tokens")
     add("--temperature", type=number(float, 0.01), metavar="X", help="below 1 bolder, above 1 wilder (default: 0.65)")
@@ -366,7 +370,7 @@ def demo(browser: bool, scripts: str | None, models: list[str], port: int | None
         serve(models, port, **options)
 
 
-# --- check, train ----------------------------------------------------------------------------------------------------
+# --- check, train, evaluate ------------------------------------------------------------------------------------------
 
 
 def add_check(commands: Commands) -> None:
@@ -468,6 +472,59 @@ def train(argv: list[str]) -> None:
     from minimind_v.training.train import main
 
     main(["--help"] if "--help-all" in argv else argv)
+
+
+def add_evaluate(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        evaluate,
+        usage="MODEL DATA [options]",
+        description="""\
+Measure a model on held-out data. Loss, exact match, accuracy, chrF and BLEU.
+
+Writes results.json, answers.jsonl, report.html (the worst answers first, with
+their pictures) and model_index.yaml. An interrupted run goes on where it
+stopped. Answers are greedy, unless an option asks for sampling. --seed is
+also that of the confidence intervals and of --shuffle-images.""",
+        examples="""\
+  minimind-v evaluate my-model held-out.jsonl --output my-evaluation --by kind
+  minimind-v evaluate my-model held-out.jsonl --output shuffled --shuffle-images
+  accelerate launch -m minimind_v_cli evaluate my-model held-out.jsonl  # several GPUs""",
+        parents=[answer_options(has_model=False)],
+    )
+    parser.add_argument(
+        "model", type=answering_model, metavar="MODEL", help="folder or Hub repository, also of the original"
+    )
+    parser.add_argument("data", metavar="DATA", help="as for train: .jsonl or .parquet file, or folder of pictures")
+    parser.add_argument(
+        "--output", metavar="DIR", default="minimind-v-evaluation", help="folder to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--by", action="append", default=[], metavar="COLUMN", help="figures for each of its values; may be repeated"
+    )
+    parser.add_argument(
+        "--batch-size", type=number(int, 1), metavar="N", default=8, help="rows at a time (default: %(default)s)"
+    )
+    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="only the first rows")
+    parser.add_argument(
+        "--shuffle-images",
+        action="store_true",
+        help="ask about the pictures of other rows: a model that looks does worse",
+    )
+    parser.add_argument("--card", action="store_true", help="put the figures into the metadata of MODEL's README.md")
+
+
+def evaluate(model: str, data: str, output: str, **options: Any) -> int:
+    own = {name: options.pop(name) for name in ("by", "batch_size", "limit", "shuffle_images", "card")}
+    options = settle(options, greedy=True)
+    from minimind_v.training.evaluation import show
+
+    try:
+        show(model, data, output, **own, options=options)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. The same command goes on with what is in {output}.", file=sys.stderr)
+        return 130
+    return 0
 
 
 # --- convert, export, upload -----------------------------------------------------------------------------------------
@@ -662,7 +719,7 @@ def build_parser() -> Parser:
         prog="minimind-v",
         usage="%(prog)s COMMAND ...",
         description="MiniMind-V, a small vision-language model: "
-        "describe pictures, talk about them, train, convert, publish.",
+        "describe pictures, talk about them, train, measure, convert, publish.",
         epilog="Examples:\n  minimind-v caption examples/images",
     )
     parser.add_argument(
@@ -672,7 +729,7 @@ def build_parser() -> Parser:
     answers = answer_options()
     for add in (add_caption, add_chat, add_compare):
         add(commands, answers)
-    for add in (add_demo, add_check, add_train, add_convert, add_export, add_upload):
+    for add in (add_demo, add_check, add_train, add_evaluate, add_convert, add_export, add_upload):
         add(commands)
     return parser
 

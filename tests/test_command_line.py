@@ -35,7 +35,7 @@ from minimind_v.training.train import TrainArguments
 from minimind_v_cli.__main__ import main
 
 IMAGES = REPOSITORY / "examples" / "images"
-COMMANDS = ["caption", "chat", "compare", "demo", "check", "train", "convert", "export", "upload"]
+COMMANDS = ["caption", "chat", "compare", "demo", "check", "train", "evaluate", "convert", "export", "upload"]
 # Where this tree is not installed but only on the path, there is no script; then what the script would run.
 SCRIPT, INSTALLED = shutil.which("minimind-v", path=Path(sys.executable).parent), find_spec("minimind_v_cli")
 IS_THIS = SCRIPT and INSTALLED and Path(INSTALLED.origin).parent.samefile(REPOSITORY / "cli")

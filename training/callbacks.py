@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..processing_minimind_v import MiniMindVProcessor
-from .data import Rows
+from .data import Rows, split_last_answer
 
 
 class StopOnSignal(TrainerCallback):
@@ -65,15 +65,13 @@ class SampleAnswers(TrainerCallback):
     ) -> None:
         lines = []
         for item in (self.rows[i] for i in range(self.count)):
-            messages = item["messages"]
-            last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+            messages, expected = split_last_answer(item["messages"])
             inputs = self.processor.apply_chat_template(
-                messages[:last], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             ).to(args.device)
             with torch.no_grad():  # on every process: the weights may be spread over them
                 ids = model.eval().generate(**inputs, max_new_tokens=64, do_sample=False, use_cache=True)
             answer = self.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            expected = messages[last]["content"]
             lines.append({"step": state.global_step, "row": item["row"], "expected": expected, "answer": answer})
         if state.is_world_process_zero:
             with open(Path(args.output_dir or "") / "samples.jsonl", "a", encoding="utf-8") as file:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .. import EMBEDDED_MODEL
 from ..common import load_processor
-from ..image_loading_minimind_v import load_image
+from ..image_loading_minimind_v import MAX_PIXELS, load_image
 from .collator import IGNORE_INDEX, MiniMindVDataCollator
 from .data import MiniMindVDataset, Rows, images_of
 
@@ -131,16 +131,21 @@ def render_page(report: dict[str, Any], dataset: Rows, collator: MiniMindVDataCo
     for number in report["good"][:HTML_ROWS]:
         lines.append(f"<hr><h3>row {number}</h3>")
         for image in images_of(dataset[number]["messages"]):
-            thumbnail, buffer = load_image(image, f"an image of row {number}"), io.BytesIO()
-            thumbnail.thumbnail((320, 320))
-            thumbnail.save(buffer, "PNG")
-            lines.append(f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+            lines.append(f'<img src="{thumbnail_url(image, f"an image of row {number}")}">')
         pieces = [
             f"<mark>{html.escape(text)}</mark>" if trained else html.escape(text)
             for text, trained in split_by_loss_mask(dataset[number], collator)
         ]
         lines.append(f"<pre>{''.join(pieces)}</pre>")
     return "\n".join(lines)
+
+
+def thumbnail_url(image: Any, name: str, max_pixels: int = MAX_PIXELS) -> str:
+    """A small PNG of an image as a data URL; the arguments are those of [`load_image`]."""
+    thumbnail, buffer = load_image(image, name, max_pixels=max_pixels), io.BytesIO()
+    thumbnail.thumbnail((320, 320))
+    thumbnail.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def describe(broken: dict[int, str], limit: int = 20) -> str:

@@ -233,6 +233,18 @@ def images_of(messages: list[dict[str, Any]]) -> list[Any]:
     return [image_of(part) for part in parts if part["type"] == "image"]
 
 
+def text_of(message: dict[str, Any]) -> str:
+    """The text of a normalized message, without its images."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def split_last_answer(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """The chat up to the last answer that is not empty, and that answer."""
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"])
+    return messages[:last], text_of(messages[last])
+
+
 def reason(error: Exception) -> str:
     """What an exception says, in one line, with its kind where the words alone would be a riddle."""
     text = " ".join(str(error).split())

@@ -54,9 +54,14 @@ def fingerprint(model: MiniMindVForConditionalGeneration, processor: MiniMindVPr
         config.pop(name, None)
     description = [config, processor.image_processor.to_dict(), str(dtype)]
     digest = hashlib.sha256(json.dumps(description, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.model.vision_tower.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    update_digest(digest, model.model.vision_tower.state_dict())
     return digest.hexdigest()[:16]
+
+
+def update_digest(digest: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Adds names and values of `tensors` to a hash of hashlib."""
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def pass_features_through(model: MiniMindVForConditionalGeneration) -> None:
