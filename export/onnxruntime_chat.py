@@ -38,7 +38,8 @@ class OnnxModel:
             )
             for path in sorted(self.folder.glob("onnx/*.onnx"))
         }
-        self.embed_tokens, self.vision_encoder = sessions.get("embed_tokens"), sessions.get("vision_encoder")
+        self.embed_tokens = sessions.get("embed_tokens")
+        self.vision_encoder: Any = sessions.get("vision_encoder")  # a text-only export has none
         self.decoder = sessions.get("decoder_model_merged") or sessions["model"]
         inputs = self.decoder.get_inputs()
         self.cache = {i.name: i.shape for i in inputs if i.name.startswith("past_key_values")}

@@ -66,6 +66,7 @@ def update_card(folder: Path, entries: list[EvalResult]) -> None:
     path, name = folder / "README.md", folder.resolve().name
     card = ModelCard.load(path) if path.exists() else ModelCard(f"---\nlibrary_name: transformers\n---\n\n# {name}\n")
     evaluated = {entry.dataset_type for entry in entries}
-    kept = [entry for entry in card.data.eval_results or () if entry.dataset_type not in evaluated]
-    card.data.eval_results, card.data.model_name = [*kept, *entries], card.data.model_name or name
+    data: Any = card.data
+    kept = [entry for entry in data.eval_results or () if entry.dataset_type not in evaluated]
+    data.eval_results, data.model_name = [*kept, *entries], data.model_name or name
     card.save(path)

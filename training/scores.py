@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 try:
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 except ImportError as error:
     raise ImportError("Scores need the library sacrebleu: pip install 'minimind-v[evaluate]'") from error
 
