@@ -368,6 +368,6 @@ def test_other_mistakes(data, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "minimind_v.training.evaluation")
     monkeypatch.delitem(sys.modules, "minimind_v.training.evaluation_report")
     monkeypatch.delitem(sys.modules, "minimind_v.training.scores")
-    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
     error = run("evaluate", CHECKPOINT, data)
     assert error.startswith("error: Scores need the library sacrebleu: pip install 'minimind-v[evaluate]'")
