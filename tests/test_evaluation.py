@@ -4,16 +4,13 @@ import json
 import math
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 from conftest import CHECKPOINT, REPOSITORY, caption_row, make_text_config, write_jsonl
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from test_command_line import COMMAND, ENVIRONMENT, run, run_process
+from test_command_line import COMMAND, run, run_process
 from test_readme import CAPTIONS, PICTURES
 
 sacrebleu = pytest.importorskip("sacrebleu", reason="sacrebleu is not installed (extra: evaluate)")
@@ -186,20 +183,30 @@ def test_reading_choices(text, as_answer, as_truth):
 # --- Going on, and several processes ---------------------------------------------------------------------------------
 
 
+INTERRUPTED = """  # the command, with Ctrl-C in the third batch
+import os, signal, sys
+from minimind_v.training import evaluation
+from minimind_v_cli.__main__ import main
+
+def answer_batch(*arguments, answer=evaluation.answer_batch, begun=[]):
+    begun.append(arguments)
+    if len(begun) == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+    return answer(*arguments)
+
+evaluation.answer_batch = answer_batch
+sys.exit(main())
+"""
+
+
 def test_interrupted_goes_on_to_the_same_bytes(evaluated, data, tmp_path):
     folder, _ = evaluated
     command = [*COMMAND, "evaluate", str(CHECKPOINT), str(data), "--output", str(tmp_path / "output"), *OPTIONS]
     answers = tmp_path / "output" / "answers.jsonl"
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, encoding="utf-8", env=ENVIRONMENT, cwd=REPOSITORY
-    ) as process:
-        while process.poll() is None and not (answers.exists() and answers.read_bytes()):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        error = process.communicate()[1]
-    assert process.returncode == 130 and "Interrupted. The same command goes on with what is in" in error
+    process = run_process([sys.executable, "-c", INTERRUPTED, *command[len(COMMAND) :]])
+    assert process.returncode == 130 and "Interrupted. The same command goes on with what is in" in process.stderr
     begun = answers.read_bytes()
-    assert 3 <= begun.count(b"\n") < 2 * len(PICTURES) and not (tmp_path / "output" / "results.json").exists()
+    assert begun.count(b"\n") == 6 and not (tmp_path / "output" / "results.json").exists()
     # As if killed while it wrote: a batch in part, and a character too
     answers.write_bytes(begun[: begun.rfind(b"\n", 0, -1) - 1])
     result = run_process(command)
