@@ -132,6 +132,7 @@ def add_in_other_ways(page: Page) -> None:
 
     page.get_by_text(ENGLISH["camera"]).click()
     page.get_by_role("button", name="Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('video')?.currentTime > 0")  # before, there is nothing to take
     page.get_by_role("button", name="capture photo").click()
     expect(thumbnails).to_have_count(1, timeout=20_000)
     ask(page, "What is this?")
