@@ -30,16 +30,11 @@ from ..common import WeightsError, read_json
 from ..image_loading_minimind_v import load_image
 from ..inference.engine import DEFAULT_MAX_NEW_TOKENS, Engine, encode, question
 from ..pipeline_minimind_v import DEFAULT_PROMPT
+from . import EXAMPLES, IMAGES
 from .attention import Look, draw, look
 from .texts import translate
 
-IMAGES = Path(__file__).resolve().parents[1] / "examples" / "images"
-EXAMPLES = {
-    "apple": "What is this?",
-    "dog": "这是什么？",
-    "pizza": "Describe this image.",
-    "sunflower": "描述这张图片。",
-}
+QUESTIONS = ("What is this?", "这是什么？", "Describe this image.", "描述这张图片。")  # about EXAMPLES
 ERROR = "error"  # marks a message that is no answer
 REFRESH_SECONDS = 0.05  # Pages show no more in between
 WIDTH = 320  # of a column at least, in pixels: on a phone, they stand below each other
@@ -331,7 +326,10 @@ def build(demo: Demo) -> gr.Blocks:
                 textbox=ask,
                 additional_inputs=[model, *decoding],
                 additional_outputs=[rate],
-                examples=[[{"text": text, "files": [str(IMAGES / f"{name}.png")]}] for name, text in EXAMPLES.items()],
+                examples=[
+                    [{"text": text, "files": [str(IMAGES / f"{name}.png")]}]
+                    for name, text in zip(EXAMPLES, QUESTIONS, strict=True)
+                ],
                 cache_examples=False,
                 api_name="chat",
                 fill_height=False,

@@ -20,10 +20,9 @@ from .. import EMBEDDED_MODEL
 from ..common import atomic_output, read_json, read_model_type
 from ..conversion import convert_once
 from ..export import export_web
+from . import EXAMPLES, IMAGES
 
 BROWSER = Path(__file__).with_name("browser")
-IMAGES = Path(__file__).resolve().parents[1] / "examples" / "images"
-EXAMPLES = ("apple", "dog", "pizza", "sunflower")
 PAGE = ("index.html", "style.css", "page.js", "worker.js", "picture.js", "service-worker.js")
 CDN = "https://cdn.jsdelivr.net/npm/"
 PRECISION = "int4"  # the smallest; its matrices have a kernel on GPUs, too

@@ -207,12 +207,12 @@ class Engine:
 
     def set_decoding(
         self,
-        greedy: bool = False,
-        temperature: float = 0.65,
-        top_p: float = 0.85,
-        top_k: int = 50,
-        repetition_penalty: float | None = None,
-        max_new_tokens: int | None = None,
+        greedy: bool,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        repetition_penalty: float | None,
+        max_new_tokens: int | None,
     ) -> None:
         """How answers are decoded from now on; see the class."""
         config = self.model.generation_config

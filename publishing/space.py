@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from ..common import atomic_output, read_json
+from ..demo import EXAMPLES, IMAGES
 from .assemble import PACKAGE, WEIGHTS, check_checkpoint, clear_disk_errors
 from .checks import CODE, CONFIGURATION, Check, check_privacy
 from .publish import print_plan
@@ -25,7 +26,6 @@ from .verify import Report, fresh_environment, list_files
 
 CHECK = Path(__file__).with_name("space_check.py")
 PARTS = ("common", "conversion", "demo", "inference")  # of this package: what the demo needs
-EXAMPLES = tuple(f"{name}.png" for name in ("apple", "dog", "pizza", "sunflower"))
 CHECKPOINT_FILES = (*CONFIGURATION, "chat_template.jinja", "preprocessor_config.json", "tokenizer.json")
 MARK = "<!-- written by hub_upload.py -->"
 APP = '''"""The web demo of MiniMind-V, as `minimind-v demo` shows it."""
@@ -108,7 +108,7 @@ def copy_package(target: Path) -> None:
         shutil.copytree(PACKAGE / part, target / part, ignore=shutil.ignore_patterns("__pycache__", "*.pyi"))
     (target / "examples" / "images").mkdir(parents=True)
     for name in EXAMPLES:
-        shutil.copyfile(PACKAGE / "examples" / "images" / name, target / "examples" / "images" / name)
+        shutil.copyfile(IMAGES / f"{name}.png", target / "examples" / "images" / f"{name}.png")
 
 
 def requirements() -> list[str]:
@@ -138,6 +138,17 @@ def write_space_card(
     RepoCard(f"---\n{header}\n---\n{text.format(title=title, mark=MARK, name=name)}").save(folder / "README.md")
 
 
+def begin_report(folder: Path, *others: Path) -> Report:
+    """A report on a folder, so far on what it and others in it tell of their maker."""
+    report = Report(str(folder), list_files(folder), [])
+    for part in (folder, *others):
+        try:
+            report.checks.append(Check("privacy", True, f"{part.name}: {check_privacy(part)}"))
+        except ValueError as error:
+            report.checks.append(Check("privacy", False, str(error)))
+    return report
+
+
 def verify_space(folder: str | Path) -> Report:
     """Starts the app in a fresh process, without the package that is installed here, and asks it about a picture.
 
@@ -151,12 +162,7 @@ def verify_space(folder: str | Path) -> Report:
     """
     folder = Path(folder).expanduser().resolve()
     is_local = (folder / "model").is_dir()
-    report = Report(str(folder), list_files(folder), [])
-    for part in (folder, folder / "model") if is_local else (folder,):
-        try:
-            report.checks.append(Check("privacy", True, f"{part.name}: {check_privacy(part)}"))
-        except ValueError as error:
-            report.checks.append(Check("privacy", False, str(error)))
+    report = begin_report(folder, *([folder / "model"] if is_local else []))
     with tempfile.TemporaryDirectory() as elsewhere:
         result = Path(elsewhere, "answer.json")
         environment = fresh_environment(elsewhere) if is_local else dict(os.environ)

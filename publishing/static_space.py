@@ -4,11 +4,12 @@ from functools import partial
 from pathlib import Path
 
 from ..common import read_json
-from ..demo.browser import EXAMPLES, assemble_page
+from ..demo import EXAMPLES
+from ..demo.browser import assemble_page
 from .assemble import clear_disk_errors
-from .checks import Check, check_privacy
-from .space import check_replaceable, publish_space, write_space_card
-from .verify import Report, list_files
+from .checks import Check
+from .space import begin_report, check_replaceable, publish_space, write_space_card
+from .verify import Report
 
 CARD = """
 # {title}
@@ -26,14 +27,7 @@ come from cdn.jsdelivr.net, and run only if their hashes are those in `settings.
 def assemble_static_space(model: str | Path, output: str | Path, *, repo_id: str, license: str = "apache-2.0") -> Path:
     """Writes all that the Space will hold into a folder: page, exported model, card.
 
-    Args:
-        model: Checkpoint folder or Hub repository.
-        output: Folder to write; one that was assembled before is replaced.
-        repo_id: `USER/SPACE`.
-        license: As the Hub calls it.
-
-    Returns:
-        The output folder.
+    Arguments and result are those of [`assemble_space`].
 
     Raises:
         FileExistsError: The output exists and was not assembled.
@@ -60,12 +54,7 @@ def verify_static_space(folder: str | Path) -> Report:
     """
     folder = Path(folder)
     model = folder / read_json(folder / "settings.json")["model"]["folder"]
-    report = Report(str(folder), list_files(folder), [])
-    for part in (folder, model):
-        try:
-            report.checks.append(Check("privacy", True, f"{part.name}: {check_privacy(part)}"))
-        except ValueError as error:
-            report.checks.append(Check("privacy", False, str(error)))
+    report = begin_report(folder, model)
     try:
         from ..export.onnxruntime_chat import Chat  # of the extra
 
